@@ -19,11 +19,11 @@ from torch.nn import functional as F
 
 from normkit.diagnostics.conditioning import WeightCondition, conditions
 from normkit.lab.experiment import Drawing, Table
-from normkit.lab.models.inception import digits_inception
+from normkit.lab.models.convolutional import digits_inception
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.models.vit import VisionTransformer
 from normkit.lab.report.drawing import save
-from normkit.lab.report.terminal import markdown
+from normkit.lab.report.sheet import markdown
 from normkit.lab.report.weights import MODES, conditions_figure
 from normkit.lab.train.images import Images, Stream, load
 

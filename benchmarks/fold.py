@@ -21,7 +21,7 @@ from transformers import MobileNetV2Config, MobileNetV2Model, ResNetConfig, ResN
 
 import normkit as nk
 from normkit.lab.bench.race import quartile
-from normkit.lab.models.resnet import resnet18
+from normkit.lab.models.convolutional import resnet18
 from normkit.surgery.watch import run_on
 from page import alternate, how, ratio, said, table, write
 

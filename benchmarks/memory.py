@@ -22,7 +22,7 @@ from torch import nn
 import normkit as nk
 from networks import NETWORKS, made
 from normkit.lab.memory import keep_memory, peak_bytes
-from normkit.lab.models.densenet import densenet
+from normkit.lab.models.convolutional import densenet
 from page import how, only, table, write
 
 TITLE, KEPT = "Memory", "Memory kept from step to step"

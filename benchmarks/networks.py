@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from normkit.lab.models.densenet import densenet
-from normkit.lab.models.resnet import resnet18
+from normkit.lab.models.convolutional import densenet, resnet18
 
 
 class Network(NamedTuple):

@@ -38,7 +38,8 @@ from normkit.lab.fields.radiance import learn_scene
 from normkit.lab.jobs import adversarial, encoders
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.perform import perform
-from normkit.lab.train import learning, walk
+from normkit.lab.train import images as walk
+from normkit.lab.train import learning
 from normkit.surgery.recipe import apply_recipe
 from test_fields import on_a_torus, on_balls
 
@@ -85,7 +86,8 @@ def test_an_experiment_runs_and_reports(kind: str, name: str, tmp_path: Path) ->
     assert [words for words in (experiment.title, *SAID.get(name, ())) if words not in text] == []
 
 
-TOGETHER: Any = {"row": "ghost+decay+weighing", "batch": 32, "rate": 0.1, "seed": 0, **DIGITS, "epochs": 2}
+ROW = {"module": four_improvements.__name__, "row": "ghost+decay+weighing"}
+TOGETHER: Any = {**ROW, "batch": 32, "rate": 0.1, "seed": 0, **DIGITS, "epochs": 2}
 # A function that does a job, the job, and a step in its middle.
 CASES: dict[str, tuple[Callable[[Any, Path], dict[str, Any]], Any, int]] = {
     "batch_size": (batch_size.train, batch_size.Training("bcn+ws", 16, 0, **DIGITS), 3),
@@ -97,7 +99,7 @@ CASES: dict[str, tuple[Callable[[Any, Path], dict[str, Any]], Any, int]] = {
     "linear_part": (linear_part.train, linear_part.Training("ReLU", "BatchNorm", True, 0, 5), 3),
     "conditioning": (conditioning.descend, conditioning.Descent("bn", "e-temperature", 0.3, True, 0, 4), 3),
     "four_benefits": (four_benefits.train, four_benefits.Training("wn", 0.1, 10.0, 0, **{**DIGITS, "epochs": 4}), 3),
-    "small_table": (four_improvements.train, small_table.Training(**TOGETHER), 3),
+    "small_table": (small_table.learn, small_table.Training(**TOGETHER), 3),
     "table4": (learn_scene, on_balls(recipe="none+e@re:trunk"), 4),
     "shape": (learn_solid, on_a_torus(recipe="none+e@re:trunk"), 6),
 }
@@ -167,7 +169,7 @@ def test_controls_begin_with_the_function_they_control(base: str) -> None:
         torch.manual_seed(0)
         model = conditioning.make(base, form, 5)
         found[form] = model(x)
-        lengths = [weight.norm(dim=1) for weight in conditioning.weights(model)]
+        lengths = [layer.weight.norm(dim=1) for layer in model if isinstance(layer, torch.nn.Linear)]
         unit = [bool((norms - 1).abs().max() < 1e-12) for norms in lengths]
         whole = form in ("e", "unit", "e-temperature")
         assert unit == [whole or form == "e-hidden"] * 2 + [whole or form == "e-last"], form

@@ -18,12 +18,12 @@ import lab_samples
 from comparison_records import write_comparison
 from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record, stats, task
-from normkit.lab.budget import fit, measure
 from normkit.lab.comparison import _begun_with, _planned, remarks, tables
+from normkit.lab.rounds import fit, measure
 from normkit.lab.settings import Settings
 from normkit.lab.stats import detectable, holm, over_seeds, over_seeds_and_samples, paired_interval
 from normkit.lab.study import Made, Study
-from normkit.lab.train.fabric import Processes, start_fabric
+from normkit.lab.train.parallel import Processes, start_fabric
 
 SMALL = replace(lab_samples.SMALL, extend=True)
 

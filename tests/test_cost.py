@@ -25,7 +25,7 @@ from normkit.lab.memory import keep_memory, peak_bytes
 from normkit.lab.protocol import make_data
 from normkit.lab.settings import Settings
 from normkit.lab.train.cost import Step, measure_costs, measure_steps
-from normkit.lab.train.fabric import start_fabric
+from normkit.lab.train.parallel import start_fabric
 
 CPU = torch.device("cpu")
 

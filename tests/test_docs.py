@@ -28,7 +28,7 @@ from normkit.cli import app
 from normkit.core.card import Card
 from normkit.engine import operator
 from normkit.lab.experiments import FILES, names
-from normkit.lab.models.inception import digits_inception
+from normkit.lab.models.convolutional import digits_inception
 from normkit.lab.protocol import DATA, MODELS, load_factory
 from normkit.surgery import target
 from normkit.surgery.recipe import apply_recipe

@@ -23,8 +23,7 @@ from normkit.lab.devices import hardware
 from normkit.lab.experiment import Bench, Scale, Table
 from normkit.lab.experiments import FILES, find_experiment, names
 from normkit.lab.perform import command, perform
-from normkit.lab.report.sheet import facts, setup
-from normkit.lab.report.terminal import is_text
+from normkit.lab.report.sheet import facts, is_text, setup
 from normkit.lab.sweep import spent_on, sweep
 
 

@@ -11,14 +11,12 @@ from rich.console import Console
 from torch import Tensor
 
 from normkit.core.errors import ProtocolError
-from normkit.lab.data.mesh import volume
-from normkit.lab.data.solid import SHAPES, draw_points, iou, torus
-from normkit.lab.data.spheres import spheres
+from normkit.lab.data.scene import spheres
+from normkit.lab.data.solid import SHAPES, draw_points, iou, torus, volume
 from normkit.lab.experiment import Bench
 from normkit.lab.experiments import shape, table4
 from normkit.lab.fields.occupancy import OccupancyJob, extract, learn_solid, surface_of, write_mesh
-from normkit.lab.fields.radiance import RadianceJob, decode, learn_scene
-from normkit.lab.fields.rendering import psnr
+from normkit.lab.fields.radiance import RadianceJob, decode, learn_scene, psnr
 from normkit.lab.models.nerf import nerf
 from normkit.lab.models.rows import scale_rows
 from normkit.lab.perform import perform

@@ -13,11 +13,10 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from normkit.core.errors import OptionError, ProtocolError
-from normkit.lab.data.augment import FlipAndCrop
+from normkit.lab.data.augment import FlipAndCrop, Standardize
 from normkit.lab.data.image_folder import imagefolder, read_square
 from normkit.lab.data.root import reading
 from normkit.lab.data.split import Split
-from normkit.lab.data.standardize import Standardize
 from normkit.lab.protocol import DATA, load_factory, make_data
 from normkit.preprocessing.image_standardization import ImageStandardization
 from published import write_images

@@ -24,17 +24,17 @@ from normkit.diagnostics.conditioning import chi, condition_number
 from normkit.diagnostics.curvature import smoothness
 from normkit.lab import folder
 from normkit.lab.experiment import Bench, Drawing
-from normkit.lab.experiments import gan
+from normkit.lab.experiments import disparity, gan, why_bn
 from normkit.lab.experiments.demonstrations import depth, input_normalization, learning_rate, three_operations
 from normkit.lab.experiments.linear_part import linear_share
 from normkit.lab.experiments.theory import hessian, quadratic, van_der_sluis
-from normkit.lab.jobs import adversarial, encoders, landscape, ranges, spectra
-from normkit.lab.models import noisy_norm
-from normkit.lab.models.gan import PointDiscriminator, PointGenerator, centres
+from normkit.lab.jobs import adversarial, encoders
+from normkit.lab.jobs.adversarial import PointDiscriminator, PointGenerator, centres
+from normkit.lab.models import small_cnn
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.report import drawing
 from normkit.lab.report.drawing import COLOURS, Motion, save
-from normkit.lab.train import images, walk
+from normkit.lab.train import images
 from normkit.surgery.recipe import apply_recipe
 from normkit.weights.spectral_norm import power_iteration
 from normkit.weights.weight_conditioning import equilibrate
@@ -72,10 +72,10 @@ def test_fit_is_sgd(tmp_path: Path) -> None:
 
 def test_what_diverges_says_so_and_other_data_are_refused(tmp_path: Path) -> None:
     data = torch.full((4, 3), 1e20), torch.tensor([0, 1, 0, 1])
-    assert images.fit(nn.Linear(3, 2), images.Stream(data, 2, 0), 2, 1e30, 0, tmp_path).status == walk.DIVERGED
+    assert images.fit(nn.Linear(3, 2), images.Stream(data, 2, 0), 2, 1e30, 0, tmp_path).status == images.DIVERGED
     size: dict[str, Any] = {"depth": 1, "features": 8, "length": 6, "steps": 6}
     job = encoders.Training("sort", "post", "scale+fix", "sgd 1e30", False, 0, **size)
-    assert encoders.train(job, tmp_path / "encoder")["status"] == walk.DIVERGED
+    assert encoders.train(job, tmp_path / "encoder")["status"] == images.DIVERGED
     with pytest.raises(OptionError, match="mnist"):
         images.load("mnist")
 
@@ -84,16 +84,16 @@ def test_what_diverges_says_so_and_other_data_are_refused(tmp_path: Path) -> Non
 def test_normalized_values_reach_the_root_of_n_less_one_and_never_pass_it(count: int) -> None:
     alone = torch.zeros(1, count, dtype=torch.float64)
     alone[0, 0] = -3.0
-    assert_close(ranges.normalized(alone).abs().max().item(), math.sqrt(count - 1))
+    assert_close(disparity.normalized(alone).abs().max().item(), math.sqrt(count - 1))
     many = torch.randn(500, count, dtype=torch.float64, generator=torch.Generator().manual_seed(count)) ** 3
     # Rounding alone may pass the bound.
-    assert ranges.normalized(many).abs().max() <= math.sqrt(count - 1) * (1 + 1e-12)
+    assert disparity.normalized(many).abs().max() <= math.sqrt(count - 1) * (1 + 1e-12)
 
 
 def test_ranges_keep_the_bound_in_training_and_break_it_in_evaluation() -> None:
     torch.manual_seed(0)
     model = SmallCNN(nn.BatchNorm2d, channels=1, width=4)
-    layers = ranges.ranges(model, torch.randn(16, 1, 8, 8), 4)
+    layers = disparity.ranges(model, torch.randn(16, 1, 8, 8), 4)
     for layer in layers:
         assert max(layer["train"], layer["train strong"]) <= layer["bound"] * (1 + 1e-5)
         assert layer["eval strong"] > layer["eval"]
@@ -101,7 +101,7 @@ def test_ranges_keep_the_bound_in_training_and_break_it_in_evaluation() -> None:
 
 
 def test_responses_are_bounded_by_batches_and_linear_by_running_statistics() -> None:
-    found = ranges.responses()
+    found = disparity.responses()
     assert found["input"][-1] > 100
     assert_close(found["running"], [value / math.sqrt(1 + 1e-5) for value in found["input"]])
     assert_close(found["batch"][-1], math.sqrt(7), atol=1e-3, rtol=0)
@@ -122,14 +122,14 @@ def test_gradient_norms_of_a_known_network() -> None:
 def test_constraints_do_what_they_say() -> None:
     torch.manual_seed(0)
     critic = PointDiscriminator(8)
-    spectra.constrain(critic, "hard")
-    largest = [spectrum[0] for spectrum in spectra.spectra(spectra.weights(critic))]
+    adversarial.constrain(critic, "hard")
+    largest = [spectrum[0] for spectrum in adversarial.spectra(adversarial.weights(critic))]
     # Rounding of a division in single precision.
     assert_close(largest, [1.0, 1.0, 1.0], atol=1e-6, rtol=0)
-    spectra.constrain(critic, "clip")
-    assert max(parameter.abs().max() for parameter in critic.parameters()) <= spectra.CLIP
+    adversarial.constrain(critic, "clip")
+    assert max(parameter.abs().max() for parameter in critic.parameters()) <= adversarial.CLIP
     before = [parameter.clone() for parameter in critic.parameters()]
-    spectra.constrain(critic, "none")
+    adversarial.constrain(critic, "none")
     assert_close(list(critic.parameters()), before, atol=0, rtol=0)
 
 
@@ -139,7 +139,7 @@ def test_no_gradient_is_steeper_than_the_product_of_sigmas(kind: str) -> None:
     critic = PointDiscriminator(16)
     if kind in ("sn", "wn"):
         apply_recipe(critic, f"keep+{kind}")
-    spectra.constrain(critic, kind)
+    adversarial.constrain(critic, kind)
     seen = adversarial.look(PointGenerator(), critic)
     assert 0 < seen["steepest"] <= seen["bound"] * (1 + 1e-5)
 
@@ -148,17 +148,22 @@ def test_iterations_are_counted_from_where_the_vectors_are() -> None:
     torch.manual_seed(0)
     matrix = torch.randn(12, 9)
     u, v = power_iteration(matrix, iterations=500)
-    assert spectra.needed(matrix, u, v) == spectra.needed(matrix, u, v, done=1) == spectra.needed(torch.eye(3)) == 1
+    assert (
+        adversarial.needed(matrix, u, v)
+        == adversarial.needed(matrix, u, v, done=1)
+        == adversarial.needed(torch.eye(3))
+        == 1
+    )
     # Two equal halves of the spectrum, from a vector of the lesser: never.
     stuck = torch.diag(torch.tensor([2.0, 1.0]))
-    assert spectra.needed(stuck, v=torch.tensor([0.0, 1.0]), limit=7) == 7
-    assert_close(spectra.error(stuck, *power_iteration(stuck, v=torch.tensor([0.0, 1.0]))), 0.5)
+    assert adversarial.needed(stuck, v=torch.tensor([0.0, 1.0]), limit=7) == 7
+    assert_close(adversarial.error(stuck, *power_iteration(stuck, v=torch.tensor([0.0, 1.0]))), 0.5)
 
 
 def test_memory_follows_and_is_restored() -> None:
     torch.manual_seed(0)
     matrices = [torch.randn(6, 4), torch.randn(5, 6)]
-    memory, other = spectra.Memory(matrices), spectra.Memory([torch.randn(6, 4), torch.randn(5, 6)])
+    memory, other = adversarial.Memory(matrices), adversarial.Memory([torch.randn(6, 4), torch.randn(5, 6)])
     memory.follow(matrices)
     other.load_state_dict(memory.state_dict())
     assert_close(list(memory.vectors), list(other.vectors), atol=0, rtol=0)
@@ -173,40 +178,40 @@ def test_modes_are_counted() -> None:
 
 def test_noise_is_of_the_samples_and_channels_and_of_training_alone() -> None:
     torch.manual_seed(0)
-    noisy = noisy_norm.NoisyBatchNorm(3)
+    noisy = small_cnn.NoisyBatchNorm(3)
     x = torch.randn(400, 3, 2, 2)
     clean = torch.nn.functional.batch_norm(x, None, None, training=True)
     y = noisy(x)
     # Two places of a sample and channel: y = s x + m for both.
     s = (y[..., 0, 0] - y[..., 1, 1]) / (clean[..., 0, 0] - clean[..., 1, 1])
     m = (y - s[..., None, None] * clean).mean(dim=(2, 3))
-    assert 1 - 0.02 < s.mean(0).min() <= s.mean(0).max() < noisy_norm.DEVIATION + 0.02
-    assert m.abs().max() < noisy_norm.MEAN + noisy_norm.JITTER + 1e-3
+    assert 1 - 0.02 < s.mean(0).min() <= s.mean(0).max() < small_cnn.DEVIATION + 0.02
+    assert m.abs().max() < small_cnn.MEAN + small_cnn.JITTER + 1e-3
     noisy.eval()
     assert_close(noisy(x), noisy.norm(x))
 
 
 def test_a_layer_without_others_before_it_that_move_does_not_turn() -> None:
     torch.manual_seed(0)
-    model = SmallCNN(noisy_norm.Shift, channels=1, width=4)
+    model = SmallCNN(small_cnn.Shift, channels=1, width=4)
     batch = torch.randn(8, 1, 8, 8), torch.randint(10, (8,))
-    still = landscape.turns(model, batch, 0.0)
+    still = why_bn.turns(model, batch, 0.0)
     assert_close(still["turn"], 1.0, atol=1e-5, rtol=0)
     assert still["change"] < 1e-5
-    assert landscape.turns(model, batch, 1.0)["turn"] < 1 - 1e-4
+    assert why_bn.turns(model, batch, 1.0)["turn"] < 1 - 1e-4
 
 
 def test_looking_changes_nothing() -> None:
     torch.manual_seed(0)
-    model, critic = SmallCNN(noisy_norm.MAKERS["noisy"], channels=1, width=4), PointDiscriminator(8)
+    model, critic = SmallCNN(small_cnn.MAKERS["noisy"], channels=1, width=4), PointDiscriminator(8)
     apply_recipe(critic, "keep+sn")
     states = [{name: value.clone() for name, value in part.state_dict().items()} for part in (model, critic)]
     batch = torch.randn(8, 1, 8, 8), torch.randint(10, (8,))
-    landscape.turns(model, batch, 0.1)
+    why_bn.turns(model, batch, 0.1)
     smoothness(model, nn.functional.cross_entropy, [batch], 0.1)
-    landscape.moments(model, batch[0])
+    why_bn.moments(model, batch[0])
     adversarial.look(PointGenerator(), critic)
-    spectra.raw_weights(critic)
+    adversarial.raw_weights(critic)
     assert_close([dict(part.state_dict()) for part in (model, critic)], states, atol=0, rtol=0)
     assert critic.training
 
@@ -214,7 +219,7 @@ def test_looking_changes_nothing() -> None:
 def test_moments_that_move_are_counted_in_deviations() -> None:
     one = [(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 1.0]))]
     other = [(torch.tensor([1.0, 1.0]), torch.tensor([2.0, 3.0]))]
-    assert landscape.moved(one, other) == {"mean": 0.25, "deviation": 1.0}
+    assert why_bn.moved(one, other) == {"mean": 0.25, "deviation": 1.0}
 
 
 def test_names_at_ends_of_lines_do_not_overlap() -> None:

@@ -17,7 +17,7 @@ from foreign_norms import wired
 from normkit.core.errors import OptionError, ProtocolError
 from normkit.lab.outcome import Outcome, Template, compare
 from normkit.lab.protocol import MODELS, load_factory
-from normkit.lab.recipes import default_recipes
+from normkit.lab.study import default_recipes
 from normkit.surgery.recipe import why_not
 
 QUICK: dict[str, Any] = {"rates": (0.01,), "epochs": 1, "batch_size": 32, "accelerator": "cpu", "report": False}

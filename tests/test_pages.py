@@ -30,9 +30,8 @@ from normkit.lab import comparison
 from normkit.lab.experiment import Table
 from normkit.lab.experiments import FILES, names, reshow
 from normkit.lab.report import drawing
-from normkit.lab.report.palette import styles
-from normkit.lab.report.sheet import write_sheet
-from normkit.lab.report.terminal import cell, print_table, side_by_side
+from normkit.lab.report.drawing import styles
+from normkit.lab.report.sheet import cell, print_table, side_by_side, write_sheet
 
 RESULTS = Path(__file__).parents[1] / "docs/results"
 PAGES = sorted(page.parent.name for page in RESULTS.glob("*/result.md"))

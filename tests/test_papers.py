@@ -12,11 +12,10 @@ from torch import nn
 from normkit.lab import record, task
 from normkit.lab.data.split import Data, Split
 from normkit.lab.experiment import Bench, Experiment
-from normkit.lab.experiments import ablations, cost, fig1, table2
-from normkit.lab.experiments.classification import PAPER, Plan, Row, difference, study, sweep, tables, verdicts
-from normkit.lab.experiments.classification_drawing import figures
+from normkit.lab.experiments import ablations, cost, fig1, table1
+from normkit.lab.experiments.classification import PAPER, Plan, Row, difference, figures, study, sweep, tables, verdicts
 from normkit.lab.experiments.table1 import PRINTED, plans
-from normkit.lab.models.variants import scale_by_norm
+from normkit.lab.models.rows import scale_by_norm
 from normkit.lab.perform import perform
 from normkit.lab.report.tables import lowered, rates_table, time_table, within
 from normkit.lab.stats import best
@@ -35,7 +34,7 @@ PLANS = (
 
 def ran(bench: Bench) -> dict[str, Any]:
     first, second = PLANS
-    again = replace(second, base=replace(second.base, model="normkit.lab.models.inception:digits_inception"))
+    again = replace(second, base=replace(second.base, model="normkit.lab.models.convolutional:digits_inception"))
     return study(bench, (first, again))
 
 
@@ -170,7 +169,12 @@ def ten_classes() -> Data:
 
 def test_every_row_of_the_plans_can_be_made() -> None:
     scale = "full"
-    everything = [*plans(scale), *plans(scale, "densenet", table2.PRINTED), *fig1.plans(scale), *ablations.plans(scale)]
+    everything = [
+        *plans(scale),
+        *plans(scale, "densenet", table1.PRINTED_2),
+        *fig1.plans(scale),
+        *ablations.plans(scale),
+    ]
     seen = set()
     for plan in everything:
         for row in (*plan.rows, *plan.controls):

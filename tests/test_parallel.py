@@ -17,7 +17,7 @@ from normkit.lab.data.split import Data
 from normkit.lab.devices import part
 from normkit.lab.protocol import make_data
 from normkit.lab.settings import Settings
-from normkit.lab.train.fabric import start_fabric
+from normkit.lab.train.parallel import start_fabric
 from normkit.lab.train.trainer import Trainer
 from normkit.surgery.recipe import apply_recipe
 from processes import torchrun

@@ -18,14 +18,14 @@ from normkit.core.errors import OptionError, RecordError
 from normkit.lab import folder, record
 from normkit.lab.folder import CHECKPOINT, InUseError, locked
 from normkit.lab.protocol import make_data, make_model
-from normkit.lab.schema import ANY, COUNT, NUMBER, each, fields, maybe, named, one_of, version
+from normkit.lab.record import ANY, COUNT, NUMBER, each, fields, maybe, named, one_of, version
 from normkit.lab.seeding import borrowed_randomness, reseed
 from normkit.lab.settings import Settings
 from normkit.lab.sweep import sweep
-from normkit.lab.train import walk as loops
-from normkit.lab.train.fabric import start_fabric
+from normkit.lab.train import images as loops
+from normkit.lab.train.images import DIVERGED, OK, Diverged, walk
+from normkit.lab.train.parallel import start_fabric
 from normkit.lab.train.trainer import Trainer
-from normkit.lab.train.walk import DIVERGED, OK, Diverged, walk
 
 
 def test_round_trips(tmp_path: Path) -> None:

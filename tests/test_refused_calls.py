@@ -18,9 +18,8 @@ from normkit.core.errors import NotationError, OptionError, ShapeError, SurgeryE
 from normkit.diagnostics.conditioning import operator_norm, operator_spectrum
 from normkit.diagnostics.curvature import hessian, hessian_condition, hessian_extremes
 from normkit.lab.data.sequences import draw
-from normkit.lab.models.encoder import Encoder
-from normkit.lab.models.occupancy import OccupancyField
-from normkit.lab.models.vit import Block, VisionTransformer
+from normkit.lab.models.nerf import OccupancyField
+from normkit.lab.models.vit import Block, Encoder, VisionTransformer
 from normkit.residual import Residual, place
 from normkit.surgery import adopt, data_dependent_init, freeze, norm_penalty, param_groups, place_norms, translate
 from normkit.surgery import reassign_spectral_ as reassign

@@ -9,12 +9,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from foreign_norms import wired
-from normkit.lab.data.scene import Rays, Scene, camera_rays, to_ndc
-from normkit.lab.data.spheres import see, spheres
-from normkit.lab.fields import rendering
-from normkit.lab.fields.rendering import Sampling, composite, even_depths, render, weighted_depths
-from normkit.lab.models.nerf import NeRF, PositionalEncoding, RadianceField, nerf
-from normkit.lab.models.occupancy import OccupancyField, occupancy
+from normkit.lab.data.scene import Rays, Scene, camera_rays, see, spheres, to_ndc
+from normkit.lab.fields import radiance as rendering
+from normkit.lab.fields.radiance import Sampling, composite, even_depths, render, weighted_depths
+from normkit.lab.models.nerf import NeRF, OccupancyField, PositionalEncoding, RadianceField, nerf, occupancy
 
 ONE = torch.ones(1)
 

@@ -21,9 +21,8 @@ from normkit.core.errors import RecordError
 from normkit.lab import comparison
 from normkit.lab.perform import show
 from normkit.lab.report import drawing, figures
-from normkit.lab.report.canvas import LOOK
-from normkit.lab.report.drawing import save
-from normkit.lab.report.series import pictures
+from normkit.lab.report.drawing import LOOK, save
+from normkit.lab.report.figures import pictures
 from normkit.lab.report.sheet import print_sheet, write_sheet
 from normkit.lab.report.wording import cautions, findings, ms_per_step, number, verdict
 from normkit.surgery.target import OVER_POSITIONS

@@ -1,6 +1,5 @@
 """Scenes on disk: what is read, and what is said of files that are missing or damaged."""
 
-import json
 import math
 import os
 from collections.abc import Callable
@@ -14,9 +13,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 from normkit.core.errors import ProtocolError
-from normkit.lab.data.blender import blender
-from normkit.lab.data.llff import llff, recentre
 from normkit.lab.data.root import data_root
+from normkit.lab.data.scene import llff, recentre
 
 VIEWS = 9
 
@@ -34,24 +32,6 @@ def llff_root(tmp_path: Path) -> Path:
         columns = [[0.0, -1, 0], [1, 0, 0], [0, 0, 1], [view - 4.0, 0, 0], [48, 64, 80]]
         rows.append([*np.array(columns).T.ravel(), 4.0 + view, 50.0])
     np.save(folder / "poses_bounds.npy", np.array(rows))
-    return tmp_path
-
-
-@pytest.fixture
-def blender_root(tmp_path: Path) -> Path:
-    folder = tmp_path / "nerf_synthetic" / "tiny"
-    for part, count in (("train", 3), ("test", 9)):
-        (folder / part).mkdir(parents=True)
-        frames = []
-        for view in range(count):
-            pixels = np.zeros((8, 8, 4), np.uint8)
-            pixels[:, 4:] = (255, 0, 0, 51)
-            Image.fromarray(pixels).save(folder / part / f"r_{view}.png")
-            pose = np.eye(4)
-            pose[2, 3] = view
-            frames.append({"file_path": f"./{part}/r_{view}", "transform_matrix": pose.tolist()})
-        cameras = {"camera_angle_x": math.pi / 2, "frames": frames}
-        (folder / f"transforms_{part}.json").write_text(json.dumps(cameras))
     return tmp_path
 
 
@@ -86,17 +66,6 @@ def test_recentring_keeps_the_cameras_relative() -> None:
     np.testing.assert_allclose(back / np.linalg.norm(back), [0, 0, 1], atol=1e-12)
     relative = [p[0, :, :3].T @ (p[1, :, 3] - p[0, :, 3]) for p in (poses, moved)]
     np.testing.assert_allclose(*relative, atol=1e-12)
-
-
-def test_blender_scene(blender_root: Path) -> None:
-    scene = blender(blender_root, "tiny")
-    assert scene.train == (0, 1, 2)
-    assert scene.test == (3, 4)  # the test views 0 and 8
-    assert scene.size == (4, 4)
-    assert_close((scene.focal[0], scene.poses[4, :, 3]), (2.0, torch.tensor([0.0, 0.0, 8.0])))
-    # A fifth of red over white.
-    assert_close(scene.images[0, 0], torch.tensor([[1.0, 1, 1], [1, 1, 1], [1, 0.8, 0.8], [1, 0.8, 0.8]]))
-    assert not scene.ndc
 
 
 def set_rows(places: Any, value: float) -> Callable[[Path], None]:
@@ -189,34 +158,11 @@ def test_damaged_llff(llff_root: Path, damage: str, message: str) -> None:
 def test_missing_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ProtocolError, match=r"fern is missing; unpack nerf_llff_data.zip"):
         llff(tmp_path)
-    with pytest.raises(ProtocolError, match=r"lego is missing; unpack nerf_synthetic.zip"):
-        blender(tmp_path)
     monkeypatch.delenv("NORMKIT_DATA", raising=False)
     with pytest.raises(ProtocolError, match="--data-root DIR or set the environment variable NORMKIT_DATA"):
         llff()
     with pytest.raises(ProtocolError, match="is no folder"):
         data_root(tmp_path / "absent")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "is truncated or damaged"),
-        ("{}", "damaged .KeyError: 'camera_angle_x'"),
-        ('{"camera_angle_x": 4, "frames": []}', "wanted camera_angle_x between 0 and pi"),
-        ('{"camera_angle_x": 1, "frames": [{"file_path": "a", "transform_matrix": [[1]]}]}', "a 4x4 transform_matrix"),
-    ],
-)
-def test_damaged_cameras(blender_root: Path, text: str, message: str) -> None:
-    (blender_root / "nerf_synthetic" / "tiny" / "transforms_train.json").write_text(text)
-    with pytest.raises(ProtocolError, match=message):
-        blender(blender_root, "tiny")
-
-
-def test_missing_picture_of_a_blender_scene(blender_root: Path) -> None:
-    (blender_root / "nerf_synthetic" / "tiny" / "test" / "r_8.png").unlink()
-    with pytest.raises(ProtocolError, match=r"r_8.png is missing; unpack the scene again"):
-        blender(blender_root, "tiny")
 
 
 @pytest.mark.skipif(

@@ -20,10 +20,8 @@ from normkit.lab.data.split import Data
 from normkit.lab.protocol import make_data
 from normkit.lab.seeding import borrowed_randomness, epoch_order, order_sha256, reseed
 from normkit.lab.settings import Settings
-from normkit.lab.train.average import Average
-from normkit.lab.train.fabric import start_fabric
-from normkit.lab.train.schedule import rate_at
-from normkit.lab.train.trainer import DIVERGED, Trainer, train_step
+from normkit.lab.train.parallel import Average, start_fabric
+from normkit.lab.train.trainer import DIVERGED, Trainer, rate_at, train_step
 
 SETTINGS = Settings(epochs=4, batch_size=32, rates=(0.1,), accelerator="cpu", condition=False)
 

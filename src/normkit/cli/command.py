@@ -11,9 +11,9 @@ from typer.core import TyperCommand, TyperGroup
 
 from normkit.core.errors import NormkitError, closest
 from normkit.lab.option import Option, check, options
+from normkit.lab.progress import stoppable
 from normkit.lab.say import let_go, theirs, told, visible
 from normkit.lab.settings import Site
-from normkit.lab.stop import stoppable
 
 # What the extra [lab] brings.
 LAB = "lightning_fabric lightning numpy PIL rich scipy sklearn skimage trimesh matplotlib plotly jinja2".split()

@@ -110,7 +110,7 @@ def conditions(
     from normkit.lab.protocol import MODELS, load_factory, make_model, user_code
     from normkit.lab.record import write_bytes
     from normkit.lab.report.drawing import save
-    from normkit.lab.report.terminal import print_table
+    from normkit.lab.report.sheet import print_table
     from normkit.lab.report.weights import conditions_figure, conditions_table
     from normkit.lab.say import Terminal
 

@@ -51,48 +51,39 @@ def compare(settings: Settings, site: Site, reports: Reports) -> None:
         part()
 
 
-@command(app, "reproduce", Size, Place, Reports)
-def reproduce(size: Size, place: Place, reports: Reports, name: Annotated[str | None, NAME] = None) -> None:
-    """Reproduces a table or figure of a paper, next to its numbers.
+STOP = """Stop it at any time: the same command goes on where it was. Several such commands with one output share the runs.
 
-    Stop it at any time: the same command goes on where it was. Several such commands with one output share the runs.
+"""
+KINDS = {
+    "reproduce": f"""Reproduces a table or figure of a paper, next to its numbers.
 
-    Such as:
-    normkit reproduce table1 --data-root data --scale small
-    """
-    _experiment("reproduce", name, size, place, reports)
+{STOP}Such as:
+normkit reproduce table1 --data-root data --scale small""",
+    "claim": f"""Puts a claim of the literature to the test.
 
+{STOP}Such as:
+normkit claim batch-size --data-root data --scale small""",
+    "theory": """Measures what theorems on conditioning predict, and where they fail.
 
-@command(app, "claim", Size, Place, Reports)
-def claim(size: Size, place: Place, reports: Reports, name: Annotated[str | None, NAME] = None) -> None:
-    """Puts a claim of the literature to the test.
+Such as:
+normkit theory van-der-sluis""",
+    "demo": """Demonstrates what normalization does, by a table, a figure or an animation.
 
-    Stop it at any time: the same command goes on where it was. Several such commands with one output share the runs.
-
-    Such as:
-    normkit claim batch-size --data-root data --scale small
-    """
-    _experiment("claim", name, size, place, reports)
-
-
-@command(app, "theory", Size, Place, Reports)
-def theory(size: Size, place: Place, reports: Reports, name: Annotated[str | None, NAME] = None) -> None:
-    """Measures what theorems on conditioning predict, and where they fail.
-
-    Such as:
-    normkit theory van-der-sluis
-    """
-    _experiment("theory", name, size, place, reports)
+Such as:
+normkit demo learning-rate""",
+}
 
 
-@command(app, "demo", Size, Place, Reports)
-def demo(size: Size, place: Place, reports: Reports, name: Annotated[str | None, NAME] = None) -> None:
-    """Demonstrates what normalization does, by a table, a figure or an animation.
+def _declare(kind: str, about: str) -> None:
+    def run(size: Size, place: Place, reports: Reports, name: Annotated[str | None, NAME] = None) -> None:
+        _experiment(kind, name, size, place, reports)
 
-    Such as:
-    normkit demo learning-rate
-    """
-    _experiment("demo", name, size, place, reports)
+    run.__doc__ = about
+    command(app, kind, Size, Place, Reports)(run)
+
+
+for kind, about in KINDS.items():
+    _declare(kind, about)
 
 
 def _experiment(kind: str, name: str | None, size: Size, place: Place, reports: Reports) -> None:

@@ -16,11 +16,7 @@ PATIENCE = 5.0
 
 
 class Cluster:
-    """A Ray cluster, joined.
-
-    A task takes `threads` cores, and a GPU where the cluster has some. A task whose worker process or machine is lost is
-    given to another.
-    """
+    """A Ray cluster: a task takes `threads` cores, and a GPU if there is one; one whose worker is lost goes to another."""
 
     def __init__(self, ray: Any, threads: int) -> None:
         self.ray = ray
@@ -47,11 +43,7 @@ class Cluster:
         names: Sequence[str],
         done: Callable[[int, Any], object] = lambda *_: None,
     ) -> list[Any]:
-        """Calls a module-level function many times, as many at once as there is room for.
-
-        The results are in the order of `given`. `done` is told of every call that ends, by its place there and its result;
-        errors call each by its name.
-        """
+        """Calls a module-level function for each of `given`; `done` hears of each that ends, by its place and result."""
         task = self.ray.remote(**self.needs, max_retries=RETRIES)(function)
         pending = {task.remote(*each): place for place, each in enumerate(given)}
         results: list[Any] = [None] * len(given)
@@ -84,10 +76,7 @@ class Cluster:
 
 @contextmanager
 def joined(address: str, threads: int) -> Iterator[Cluster]:
-    """Joins a Ray cluster, or the one that this process has joined already, and leaves it at the end.
-
-    `address` is ``"local"`` to start a cluster on this machine, else that of a running one, such as ``"auto"``.
-    """
+    """Joins a Ray cluster, or the one that this process has joined already, and leaves it at the end."""
     try:
         import ray
     except ModuleNotFoundError:

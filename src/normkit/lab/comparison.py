@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,17 @@ from rich.console import Console
 from normkit.core.errors import OptionError
 from normkit.lab import folder as folders
 from normkit.lab import option, record, rounds
-from normkit.lab.budget import fit, fitted, measure
 from normkit.lab.cluster import joined
 from normkit.lab.data.root import set_root
-from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiment import Bench, Experiment
 from normkit.lab.perform import CONFIG, check, kept, perform
+from normkit.lab.progress import stoppable
+from normkit.lab.rounds import fit, fitted, measure
 from normkit.lab.say import Terminal
 from normkit.lab.seeding import borrowed_randomness
 from normkit.lab.settings import RATES, Reports, Settings, Site
-from normkit.lab.stop import stoppable
 from normkit.lab.study import FREE, Study, forget, made
-from normkit.lab.train.fabric import Processes, start_fabric
+from normkit.lab.train.parallel import Processes, start_fabric
 
 __all__ = ["EXPERIMENT", "command", "compare", "default_output", "kept"]
 
@@ -41,14 +41,6 @@ __all__ = ["EXPERIMENT", "command", "compare", "default_output", "kept"]
 MANY = 8
 # Threads of so small a model wait for each other longer than they work, and for ever where other programs take the cores.
 FEW_PARAMETERS = 100_000
-CAPTIONS = {
-    "validation_score": "Validation score against epochs: mean over seeds, in a band from the lowest seed to the highest.",
-    "training_loss": "Training loss against epochs: mean over seeds, in a band from the lowest seed to the highest.",
-    "paired_differences": "Test score less the baseline's of the same seed: mean, interval, and each seed as a dot.",
-    "learning_rates": "Validation score after the last epoch at each learning rate tried; the filled mark is the one chosen.",
-    "condition_numbers": "Condition number of the weights after each epoch, geometric mean over seeds.",
-    "cost": "Milliseconds per step, with the interval of their ratio to the baseline's, and megabytes per step.",
-}
 
 
 def compare(
@@ -65,10 +57,7 @@ def compare(
     tensorboard: bool = False,
     data_root: Path | None = None,
 ) -> dict[str, Any]:
-    """Compares recipes on a model and data, and writes a folder of records; see :func:`normkit.lab.outcome.compare`.
-
-    `model` and `data` are factories in place of those that `settings` name. Gives what ``result.json`` holds.
-    """
+    """Compares recipes, with factories in place of those that `settings` name; see :func:`normkit.lab.outcome.compare`."""
     set_root(data_root)
     settings = replace(settings, model=_named(model, settings.model), data=_named(data, settings.data)).canonical()
     folder = Path(output) if output is not None else default_output(settings)
@@ -125,11 +114,7 @@ def compare(
 
 
 def default_output(settings: Settings) -> Path:
-    """Names the folder of a comparison after its data and model.
-
-    >>> default_output(Settings()).as_posix()
-    'runs/digits-inception'
-    """
+    """Names the folder of a comparison after its data and model."""
     names = [re.sub(r"[^\w.-]+", ".", name).strip(".") for name in (settings.data, settings.model)]
     return Path("runs") / "-".join(names)
 
@@ -145,35 +130,13 @@ def reread(found: Mapping[str, Any]) -> Experiment:
     return replace(EXPERIMENT, title=found["experiment"]["title"], command=shlex.split(found["command"]))
 
 
-def tables(result: dict[str, Any]) -> list[Table]:
-    """Scores and costs of each recipe."""
-    from normkit.lab.report import further, table
-
-    return [*table.tables(result), *further.tables(result)]
+def _later(module: str, name: str) -> Any:
+    # The report draws, which what only trains need not wait for.
+    return lambda result: getattr(import_module(f"normkit.lab.report.{module}"), name)(result)
 
 
-def figures(result: dict[str, Any]) -> list[Drawing]:
-    """Curves, differences, rates, condition numbers and costs."""
-    from normkit.lab.report.figures import figure
-    from normkit.lab.report.series import pictures
-
-    named = [picture for picture in pictures(result) if picture.name]
-    return [Drawing(each.name, partial(figure, each, result), CAPTIONS[each.name]) for each in named]
-
-
-def remarks(result: dict[str, Any]) -> list[str]:
-    """What was found, and what a reader must know before trusting it."""
-    from normkit.lab.report.further import remarks
-    from normkit.lab.report.wording import cautions, findings
-
-    return [*findings(result), *cautions(result), *remarks(result), *result["task"].get("notes", ())]
-
-
-def interactive(result: dict[str, Any]) -> Any:
-    """What the page says, with curves to point at and to zoom into."""
-    from normkit.lab.report.account import account
-
-    return account(result)
+tables, remarks, interactive = (_later("table", name) for name in ("shown", "remarked", "given"))
+figures = _later("figures", "drawings")
 
 
 def _experiment(study: Study, device: str, again: str) -> Experiment:

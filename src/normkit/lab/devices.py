@@ -19,11 +19,7 @@ def part() -> None:
 
 
 def device_name(fabric: Fabric) -> str:
-    """Names the device and, where there are several processes, their number.
-
-    >>> device_name(Fabric(accelerator="cpu", devices=1))
-    'cpu'
-    """
+    """Names the device and, where there are several processes, their number."""
     return fabric.device.type if fabric.world_size == 1 else f"{fabric.device.type} x {fabric.world_size}"
 
 

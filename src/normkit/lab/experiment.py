@@ -53,11 +53,7 @@ class Drawing:
 
 @dataclass
 class Bench(Place, Size):
-    """Where and at what size an experiment is run.
-
-    While an experiment runs, the environment variable ``NORMKIT_DATA`` holds `data_root`, on Ray's workers too: factories
-    of data called without a root find it there, and jobs hold no paths.
-    """
+    """Where and at what size an experiment is run."""
 
     console: Console = field(default_factory=Terminal, kw_only=True)  # where progress is written
     # of processes that do each run together, as torchrun starts them
@@ -80,14 +76,9 @@ class Bench(Place, Size):
     def sweep(self, function: Callable[[Any, Path], Mapping[str, Any]], jobs: Sequence[Job]) -> list[dict[str, Any]]:
         """Does the jobs that are not yet done, and gives the results of all in the order of `jobs`.
 
-        Args:
-            function: a module-level ``function(job, folder) -> dict``, or the method of an object that pickle knows, whose result
-                JSON can hold. It seeds what it draws. It goes on from its own checkpoint in `folder`, if there is one; see
-                :func:`normkit.lab.record.write_checkpoint`. Each process of a group calls it, and the first one's result counts.
-            jobs: frozen dataclasses of plain values, each with a unique relative ``path``; `folder` is ``output/runs/<path>``.
-
-        Raises:
-            RecordError: a folder holds another job's records, is damaged or not writable.
+        ``function(job, folder)`` is of a module, or a method of an object that pickle knows; JSON can hold what it gives. It
+        seeds what it draws, and goes on from its own checkpoint in `folder`, ``output/runs/<path>`` of the job. Each process
+        of a group calls it, and the first one's result counts.
         """
         how: dict[str, Any] = {"group": self.group, "replaces": self.replaces, "console": self.console}
         results = sweep(function, jobs, self.output, threads=self.threads, ray=self.ray, say=self.watch, **how)
@@ -119,9 +110,10 @@ class Experiment:
     command: Sequence[str] | None = None  # the words that give it again, in place of those of a scale
     # whether all runs of a result are there, of these data and this code
     whole: Callable[[Bench, dict[str, Any]], bool] = lambda bench, result: True
+    about: str = ""  # what was run, in paragraphs, in place of the docstring of `run`'s module without its title
     together: bool = False  # processes that torchrun started can do its runs
-    # what the page says of a result, see Account, with charts to point at and to zoom into
-    interactive: Callable[[dict[str, Any]], Any] | None = None
+    # what ``comparison.html`` is given of a result, with charts to point at and to zoom into, in place of ``experiment.html``
+    interactive: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     @property
     def sentence(self) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from normkit.core.errors import RecordError
 from normkit.lab import record
-from normkit.lab.schema import FLAG, OBJECT, fields, parse
+from normkit.lab.record import FLAG, OBJECT, fields, parse
 
 CONFIG, RESULT, ENVIRONMENT, TIMING = "config.json", "result.json", "environment.json", "timing.json"
 RUNS, FIGURES, CURVES = "runs", "figures", "tensorboard"
@@ -120,11 +120,6 @@ def replace(folder: Path, wanted: Mapping[str, Any], overwrite: bool) -> bool:
     return note is not None
 
 
-def settle(folder: Path) -> None:
-    """Notes that the records are whole, so that replacing them would begin from nothing."""
-    remove(folder / REPLACING)
-
-
 def empty(folder: Path) -> None:
     """Removes the records of a folder that is held, and nothing else."""
     runs = list(_runs(folder))
@@ -141,7 +136,10 @@ def empty(folder: Path) -> None:
         if path.suffix in (".png", ".svg", ".gif") and not path.is_symlink() and MARK in _head(path):
             remove(path)
     for name in (RUNS, CURVES, FIGURES):
-        _prune(folder / name)
+        # Folders that hold nothing any more; a link stays.
+        for place, _, _ in os.walk(folder / name, topdown=False):
+            with suppress(OSError):
+                os.rmdir(place)
     for name in TOP:
         remove(folder / name)
 
@@ -189,13 +187,6 @@ def _head(path: Path) -> bytes:
             return file.read(4096)
     except OSError:
         return b""
-
-
-def _prune(folder: Path) -> None:
-    # Folders that hold nothing any more; a link stays.
-    for place, _, _ in os.walk(folder, topdown=False):
-        with suppress(OSError):
-            os.rmdir(place)
 
 
 def _check_folder(folder: Path) -> None:

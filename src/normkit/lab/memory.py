@@ -18,16 +18,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     """Measures the most memory that a step holds at once, beyond what was held when it began.
 
-    Weights, buffers, optimizer state and the batch are held before a step and don't count; activations, gradients,
-    effective weights of parametrizations and temporary results do. On CUDA it is the allocator's ``max_memory_allocated``
-    less what was allocated. Elsewhere it is the peak of the live storages of all tensors that the step's operators
-    returned; it leaves out what an operator allocates and frees inside itself (such as the unfolded image of a
-    convolution). What the step recreates of what an earlier one left, such as gradients, should be dropped before, or it
-    counts as held.
-
-    >>> x = torch.zeros(1000)
-    >>> peak_bytes(lambda: (x + 1) * 2, x.device)
-    8000
+    On CUDA it is the allocator's ``max_memory_allocated`` less what was allocated. Elsewhere it is the peak of the live storages
+    of all tensors that the step's operators returned; it leaves out what an operator allocates and frees inside itself (such as
+    the unfolded image of a convolution). What the step recreates, such as gradients, should be dropped before, or it counts as
+    held.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -25,11 +25,7 @@ _TYPES: dict[type, tuple[Any, str, str]] = {
 
 
 def at_home(text: str) -> Path:
-    """Reads a path; ``~`` is the home folder, which a shell puts only where a word begins, not in ``--output=~/runs``.
-
-    >>> at_home("~/runs") == Path.home() / "runs", at_home("a~").as_posix()
-    (True, 'a~')
-    """
+    """Reads a path; ``~`` is the home folder, which a shell puts only where a word begins, not in ``--output=~/runs``."""
     return Path(os.path.expanduser(text))
 
 
@@ -110,16 +106,13 @@ class Option:
         return [self.spelling, *([] if self.alone and value == self.alone else [self.text(value)])]
 
 
-def option(default: T, help: str, panel: str, **more: Any) -> T:
+def option(default: T, help: str, panel: str, choices: tuple[str, ...] = (), **more: Any) -> T:
     """Declares a dataclass field that is an option."""
-    return field(default=default, metadata={"option": Option(help, panel, **more)})
+    return field(default=default, metadata={"option": Option(help, panel, choices=choices, **more)})
 
 
 def options(*classes: Any) -> dict[str, Option]:
-    """Gives the options of dataclasses, or of their instances, by name.
-
-    A field with a default that declares nothing is an option without help, unless its metadata say that it is none.
-    """
+    """Gives the options of dataclasses, or of their instances, by name; a field with a default declares one without help."""
     found = {}
     for known in (known for each in classes for known in fields(each) if known.init and known.default is not MISSING):
         union = get_origin(known.type) in (Union, types.UnionType)
@@ -150,11 +143,7 @@ def command(*start: str, of: tuple[Any, ...], **rest: Any) -> list[str]:
 
 
 def words(text: str) -> tuple[str, ...]:
-    """Reads words separated by commas.
-
-    >>> words("bn, gn:8")
-    ('bn', 'gn:8')
-    """
+    """Reads words separated by commas."""
     found = tuple(word.strip() for word in text.split(","))
     if not all(found):
         raise ValueError("a word is missing")

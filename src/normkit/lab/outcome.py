@@ -175,9 +175,10 @@ def compare(
         settings["recipes"] = tuple(recipes.split(",") if isinstance(recipes, str) else recipes)
     names = {key: value for key, value in (("model", model), ("data", data)) if isinstance(value, str)}
     made = Settings(**names, **settings)
+    factory = callable(data) and not isinstance(data, Mapping) and not hasattr(data, "__getitem__")
     factories = {
         "model": None if isinstance(model, str) else Template(model) if isinstance(model, nn.Module) else model,
-        "data": None if isinstance(data, str) else data if _is_factory(data) else Given(data),
+        "data": None if isinstance(data, str) else data if factory else Given(data),
     }
     options = {"overwrite": overwrite, "report": report, "threads": threads, "ray": ray, "tensorboard": tensorboard}
     root = None if data_root is None else Path(data_root)
@@ -246,11 +247,7 @@ def _reset_of(layer: nn.Module) -> Callable[[], None] | None:
     return getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
 
 
-def _is_factory(data: Any) -> bool:
-    return callable(data) and not isinstance(data, Mapping) and not hasattr(data, "__getitem__")
-
-
 def _lines(cell: Any) -> str:
-    from normkit.lab.report.terminal import cell as text
+    from normkit.lab.report.sheet import cell as text
 
     return escape(text(cell)).replace("\n", "<br>")

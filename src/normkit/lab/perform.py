@@ -4,6 +4,7 @@ import os
 import platform
 import shlex
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -18,9 +19,9 @@ from normkit.lab.data.root import set_root
 from normkit.lab.devices import cores, hardware, processor, versions
 from normkit.lab.experiment import Bench, Experiment
 from normkit.lab.folder import CONFIG, ENVIRONMENT, FIGURES, RESULT, TIMING
+from normkit.lab.progress import stoppable
+from normkit.lab.record import COUNT, NUMBER, OBJECT, TEXT, each, fields, maybe, one_of, optional, version
 from normkit.lab.say import counted, say
-from normkit.lab.schema import COUNT, NUMBER, OBJECT, TEXT, each, fields, maybe, one_of, optional, version
-from normkit.lab.stop import stoppable
 
 SCHEMA = 1
 ABOUT = fields(name=TEXT, kind=one_of("reproduce", "claim", "theory", "demo", "compare"), title=TEXT)
@@ -63,8 +64,9 @@ def perform(
     if found is None:
         here = share(lambda: _begin(experiment, bench, config, overwrite))
         bench.replaces = bench.replaces or overwrite
-        with stoppable():
-            result = _run(experiment, bench)
+        # A cluster is joined once for all of the experiment's sweeps.
+        with stoppable(), joined(bench.ray, bench.threads) if bench.ray is not None else nullcontext():
+            result = experiment.run(bench)
         found = share(lambda: _finish(experiment, bench, config, here, result, command))
     else:
         bench.watch(f"{bench.output} holds this experiment, finished {found['finished']}")
@@ -86,10 +88,8 @@ def show(
     report: bool = True,
     kept: bool = False,
 ) -> None:
-    """Prints the tables and remarks of a result, writes ``result.md`` and, if asked for, figures and ``report.html``.
-
-    A record that was `kept` is read back, and may lie on a disk that is only read: then nothing is written.
-    """
+    """Prints the tables and remarks of a result, writes ``result.md`` and, if asked for, figures and ``report.html``."""
+    # A record that was kept is read back, and may lie on a disk that is only read: then nothing is written.
     from normkit.lab.report.drawing import save
     from normkit.lab.report.sheet import print_sheet, write_markdown, write_sheet
 
@@ -129,14 +129,6 @@ def kept(output: Path) -> str:
     """Says what a stopped experiment has kept."""
     done = sum((path.parent / TIMING).exists() for path in output.glob(f"runs/**/{RESULT}"))
     return f"kept in {output}: {counted(done, 'finished run')}, and checkpoints of those begun"
-
-
-def _run(experiment: Experiment, bench: Bench) -> dict[str, Any]:
-    if bench.ray is None:
-        return experiment.run(bench)
-    # Joined once for all of the experiment's sweeps.
-    with joined(bench.ray, bench.threads):
-        return experiment.run(bench)
 
 
 def check(experiment: Experiment, bench: Bench) -> None:
@@ -207,7 +199,8 @@ def _finish(
     }
     with folder.waited_for(bench.output):
         record.write_json(path, found)
-        folder.settle(bench.output)
+        # The records are whole: replacing them would begin from nothing.
+        folder.remove(bench.output / folder.REPLACING)
     return record.read_json(path)
 
 

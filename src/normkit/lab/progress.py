@@ -1,7 +1,11 @@
-"""What a sweep says of itself while it runs: a live line in a terminal, plain lines elsewhere."""
+"""A sweep while it runs: what it says of itself, in a live line or plain ones, and how it is asked to stop."""
 
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -9,6 +13,26 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 
 from normkit.lab.say import visible
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Turns SIGTERM into KeyboardInterrupt meanwhile, where nobody else listens to it."""
+    # Processes of torchrun end as torchrun says: one that waits for another in a collective call would not hear it.
+    alone = threading.current_thread() is threading.main_thread() and "TORCHELASTIC_RUN_ID" not in os.environ
+    if not alone or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
 
 _watching: list["Watch"] = []  # in this process, the innermost last
 
@@ -30,10 +54,7 @@ class _Lines(Progress):
 
 
 class Watch:
-    """Shows jobs done of all, the current job with its epoch and score, and the time left.
-
-    `say` takes a line that stays; the live line goes to `console`, if it is a terminal.
-    """
+    """Shows jobs done of all, the current job with its epoch and score, and the time left."""
 
     def __init__(self, total: int, found: int, say: Callable[[str], object], console: Console | None = None) -> None:
         self.total, self.found, self.done, self.say = total, found, found, say
@@ -84,11 +105,7 @@ class Watch:
 
 
 def outcome(result: Mapping[str, Any]) -> str:
-    """What came of a job, in a word, where its result is that of a training.
-
-    >>> outcome({"status": "ok", "val_score": 0.5}), outcome({"status": "diverged"}), outcome({})
-    ('  val 0.5000', '  diverged', '')
-    """
+    """What came of a job, in a word, where its result is that of a training."""
     if result.get("status", "ok") != "ok":
         return f"  {result['status']}"
     score = result.get("val_score")

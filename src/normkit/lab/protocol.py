@@ -28,14 +28,6 @@ A :class:`~normkit.lab.data.split.Data` is taken as it is: its floats 0 and 1 ar
 **The model returns** a tensor, an object with ``.logits`` or a dict with ``"logits"``: ``(n, classes)``, ``(n, l,
 classes)``, or the shape of float targets (a last axis of size 1 may be missing from the targets). The loss is computed from
 these logits; targets are not given to the model.
-
-    # shapes.py                                       $ normkit compare --model shapes:model --data shapes:data
-    def model(classes=3):
-        return nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, classes))
-
-    def data():
-        x, y = torch.randn(600, 8), torch.randint(0, 3, (600,))
-        return {"train": (x[:500], y[:500]), "test": (x[500:], y[500:])}
 """
 
 import importlib
@@ -53,24 +45,23 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from normkit.core.errors import NormkitError, ProtocolError, closest
-from normkit.lab.data.batch import Inputs, kept, kind, named
 from normkit.lab.data.reader import check_agreement, interpret, read_splits
-from normkit.lab.data.split import Data, Split, hold_out
+from normkit.lab.data.split import Data, Inputs, Split, hold_out, kept, kind, named
 from normkit.lab.say import theirs, told
 from normkit.lab.seeding import borrowed_modes
 from normkit.lab.task import call, predictions
 
 MODELS = {
-    "inception": "normkit.lab.models.inception:digits_inception",
-    "inception8": "normkit.lab.models.inception:inception8",
-    "densenet": "normkit.lab.models.densenet:densenet",
-    "googlenet": "normkit.lab.models.inception:googlenet",
-    "resnet18": "normkit.lab.models.resnet:resnet18",
-    "resnet50": "normkit.lab.models.resnet:resnet50",
+    "inception": "normkit.lab.models.convolutional:digits_inception",
+    "inception8": "normkit.lab.models.convolutional:inception8",
+    "densenet": "normkit.lab.models.convolutional:densenet",
+    "googlenet": "normkit.lab.models.convolutional:googlenet",
+    "resnet18": "normkit.lab.models.convolutional:resnet18",
+    "resnet50": "normkit.lab.models.convolutional:resnet50",
     "vit_tiny": "normkit.lab.models.vit:vit_tiny",
     "vit_s": "normkit.lab.models.vit:vit_s",
     "vit_b16": "normkit.lab.models.vit:vit_b16",
-    "dit": "normkit.lab.models.dit:dit_small",
+    "dit": "normkit.lab.models.vit:dit_small",
 }
 DATA = {
     "digits": "normkit.lab.data.digits:digits",
@@ -95,11 +86,7 @@ def user_code(doing: str) -> Iterator[None]:
 
 
 def load_factory(name: str, builtin: Mapping[str, str]) -> Callable[..., Any]:
-    """Imports the factory called `name`.
-
-    >>> load_factory("digits", DATA).__name__
-    'digits'
-    """
+    """Imports the factory called `name`."""
     path = builtin.get(name, name)
     module_name, colon, attribute = path.partition(":")
     if not (module_name and colon and attribute):
@@ -216,22 +203,19 @@ def suited(data: Data, model: nn.Module, name: str) -> Data:
     left = [key for key in inputs if key not in names]
     if not left and not alone:
         return data
-    splits = {key: _kept(split, names, alone) for key, split in data.splits.items()}
+    splits = {
+        key: replace(split, inputs=kept(split.inputs, names, alone))
+        if split.inputs is not None
+        else replace(split, collate=replace(split.collate, names=names, alone=alone))
+        for key, split in data.splits.items()
+    }
     notes = [f"forward has no argument called {', '.join(left)}, which are left out"] if left else []
     return replace(data, **splits, notes=(*data.notes, *notes))
 
 
-def _kept(split: Split, names: tuple[str, ...], alone: bool) -> Split:
-    if split.inputs is not None:
-        return replace(split, inputs=kept(split.inputs, names, alone))
-    return replace(split, collate=replace(split.collate, names=names, alone=alone))
-
-
 def check_fit(model: nn.Module, data: Data, name: str) -> None:
-    """Runs two samples of each split through a model in eval mode and checks what comes out.
-
-    The model itself judges whether inputs of the splits are alike enough: one may take images or sequences of any size.
-    """
+    """Runs two samples of each split through a model in eval mode and checks what comes out."""
+    # The model itself judges whether inputs of the splits are alike enough: one may take images or sequences of any size.
     training = model.training
     model.eval()
     try:

@@ -37,38 +37,22 @@ def let_go() -> None:
 
 
 def say(console: Console, text: str) -> None:
-    """Prints text letter by letter, without breaking its lines.
-
-    >>> say(Console(width=8), "runs/a[red]b:cancer:c")
-    runs/a[red]b:cancer:c
-    """
+    """Prints text letter by letter, without breaking its lines."""
     console.print(Text(visible(text)), soft_wrap=True)
 
 
 def visible(text: str) -> str:
-    r"""Writes letters that would steer a terminal as Python writes them.
-
-    >>> visible("runs/\x1b[2J")
-    'runs/\\x1b[2J'
-    """
+    """Writes letters that would steer a terminal as Python writes them."""
     return "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in text)
 
 
 def counted(count: int, noun: str) -> str:
-    """A number of things.
-
-    >>> counted(1, "rate"), counted(2, "rate")
-    ('1 rate', '2 rates')
-    """
+    """A number of things."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def told(error: BaseException) -> str:
-    """An error of the user's code, with its file and line there.
-
-    >>> told(ValueError("no weights"))
-    'ValueError: no weights'
-    """
+    """An error of the user's code, with its file and line there."""
     where = theirs(error)
     return f"{type(error).__name__}: {error}" + (f" (at {where})" if where else "")
 

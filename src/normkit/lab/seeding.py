@@ -12,10 +12,7 @@ from torch import Tensor, nn
 
 
 def reseed(seed: int, purpose: str, epoch: int = 0, rank: int = 0) -> None:
-    """Seeds torch, numpy and Python's random for one purpose; different ones, such as ``"init"``, draw independently.
-
-    Epochs count from 1; processes differ by their rank, so that dropout differs among them.
-    """
+    """Seeds torch, numpy and Python's random for a purpose, an epoch from 1 and a process, which draw independently."""
     drawn = _mix(seed, purpose, epoch, rank)
     torch.manual_seed(drawn)
     np.random.seed(drawn % 2**32)
@@ -23,11 +20,7 @@ def reseed(seed: int, purpose: str, epoch: int = 0, rank: int = 0) -> None:
 
 
 def epoch_order(seed: int, epoch: int, samples: int) -> Tensor:
-    """Permutes the samples of an epoch; the same for every recipe.
-
-    >>> sorted(epoch_order(0, 1, 4).tolist())
-    [0, 1, 2, 3]
-    """
+    """Permutes the samples of an epoch; the same for every recipe."""
     return torch.randperm(samples, generator=torch.Generator().manual_seed(_mix(seed, "order", epoch, 0)))
 
 

@@ -8,6 +8,7 @@ writes the table of a comparison's options between the lines ``<!-- options -->`
 import math
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,14 +23,11 @@ RATES = {
     **dict.fromkeys(("muon", "muoneq"), (1e-3, 3e-3, 1e-2, 3e-2)),
 }
 Scale = Literal["tiny", "small", "full"]
+REFUSALS = ("raise", "leave")
 
 
 def first_seeds(count: int) -> tuple[int, ...]:
-    """Gives the seeds 0 to `count` - 1.
-
-    >>> first_seeds(3)
-    (0, 1, 2)
-    """
+    """Gives the seeds 0 to `count` - 1."""
     if count < 1:
         raise OptionError(f"seeds is {count}; wanted {_SEEDS['wanted']}")
     return tuple(range(count))
@@ -55,25 +53,34 @@ def _seconds(text: str) -> float:
     return float(text[:-1]) * unit if unit else float(text)
 
 
-_SEEDS: dict[str, Any] = {
-    "metavar": "N",
-    "check": lambda seeds: bool(seeds) and len(set(seeds)) == len(seeds) and min(seeds) >= 0,
-    "wanted": "at least one seed: how many, or different seeds from 0 separated by commas",
-    "parse": _seeds_of,
-    "write": _seeds_in_words,
-}
-_COUNT: dict[str, Any] = {"check": lambda count: count >= 1, "wanted": "a whole number from 1"}
-_PART: dict[str, Any] = {"check": lambda part: 0 <= part < 1, "wanted": "from 0 to below 1"}
+def _range(check: Callable[[Any], bool], wanted: str) -> dict[str, Any]:
+    return {"check": check, "wanted": wanted}
+
+
+_SEEDS = _range(
+    lambda seeds: bool(seeds) and len(set(seeds)) == len(seeds) and min(seeds) >= 0,
+    "at least one seed: how many, or different seeds from 0 separated by commas",
+) | {"metavar": "N", "parse": _seeds_of, "write": _seeds_in_words}
+_RATES = _range(
+    lambda rates: len(set(rates)) == len(rates) and all(math.isfinite(rate) and rate > 0 for rate in rates),
+    "different learning rates above 0, separated by commas",
+) | {"parse": lambda text: tuple(map(float, words(text)))}
+_TIME = _range(lambda seconds: 0 < seconds < math.inf, "a time above 0 such as 90s, 10m or 2h")
+_TIME |= {"metavar": "TIME", "parse": _seconds, "write": lambda seconds: f"{seconds:g}s"}
+_COUNT = _range(lambda count: count >= 1, "a whole number from 1")
+_PART = _range(lambda part: 0 <= part < 1, "from 0 to below 1")
+_LEVEL = _range(lambda level: 0 < level < 1, "between 0 and 1, such as 0.95")
+_SCORE = _range(math.isfinite, "a finite score")
+_LENGTH = _range(lambda norm: 0 < norm < math.inf, "a length above 0")
+_FROM_0 = _range(lambda value: 0 <= value < math.inf, "0 or above")
+_NAME = _range(_letters, "printable letters")
+_RECIPES = _range(_letters, "at least one recipe, in printable letters, separated by commas")
+_MODEL = "inception, inception8, densenet, googlenet, resnet18, resnet50, vit_tiny, vit_s, vit_b16, dit, or "
+_MODEL += "package.module:factory"
 # Where no folder is given; the folder that one is in is given by its full name.
 UNSAID = Path()
-_FOLDER: dict[str, Any] = {
-    "help": "folder of the records",
-    "panel": RECORDS,
-    "short": "-o",
-    "metavar": "FOLDER",
-    "parse": lambda text: at_home(text) if Path(text) != UNSAID else Path.cwd(),
-}
-_NAME: dict[str, Any] = {"check": _letters, "wanted": "printable letters"}
+_FOLDER: dict[str, Any] = {"help": "folder of the records", "panel": RECORDS, "short": "-o", "metavar": "FOLDER"}
+_FOLDER["parse"] = lambda text: at_home(text) if Path(text) != UNSAID else Path.cwd()
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ class Settings:
     """What a comparison trains, and how; every field is an option of ``normkit compare``, with a default.
 
     ``seeds`` is a tuple here, and on the command line how many or which. Empty ``recipes`` stand for those that suit the model
-    (:func:`normkit.lab.recipes.default_recipes`), empty ``rates`` for four that suit the optimizer; they are kept in ascending
+    (:func:`normkit.lab.study.default_recipes`), empty ``rates`` for four that suit the optimizer; they are kept in ascending
     order. The help of each field is its declaration; the page on comparing methods shows them all.
 
     Raises:
@@ -91,89 +98,50 @@ class Settings:
     (0.0003, 0.001, 0.003, 0.01)
     """
 
-    model: str = option(
-        "inception",
-        "inception, inception8, densenet, googlenet, resnet18, resnet50, vit_tiny, vit_s, vit_b16, dit, or "
-        "package.module:factory",
-        WHAT,
-        **_NAME,
-    )
+    model: str = option("inception", _MODEL, WHAT, **_NAME)
     data: str = option("digits", "digits, cifar10, cifar100, imagefolder, or package.module:factory", WHAT, **_NAME)
     recipes: tuple[str, ...] = option(
         (),
         "what to compare, separated by commas; the first is the baseline",
         WHAT,
-        check=_letters,
-        wanted="at least one recipe, in printable letters, separated by commas",
         rest="those that suit the model",
+        **_RECIPES,
     )
     on_refusal: Literal["raise", "leave"] = option(
         "raise",
         "norms that a recipe can't replace: refuse the recipe, or leave them as they are",
         WHAT,
-        choices=("raise", "leave"),
+        REFUSALS,
         later=True,
     )
     seeds: tuple[int, ...] = option(
         (0, 1, 2), "runs of each recipe: how many, or their seeds by commas", WHAT, **_SEEDS
     )
     rates: tuple[float, ...] = option(
-        (),
-        "learning rates that each recipe tries",
-        WHAT,
-        wanted="different learning rates above 0, separated by commas",
-        check=lambda rates: len(set(rates)) == len(rates) and all(math.isfinite(rate) and rate > 0 for rate in rates),
-        parse=lambda text: tuple(map(float, words(text))),
-        rest="four for the optimizer",
+        (), "learning rates that each recipe tries", WHAT, rest="four for the optimizer", **_RATES
     )
     target: float | None = option(
-        None,
-        "validation score whose time is taken",
-        WHAT,
-        check=math.isfinite,
-        wanted="a finite score",
-        rest="the highest that all reach",
+        None, "validation score whose time is taken", WHAT, rest="the highest that all reach", **_SCORE
     )
-    level: float = option(
-        0.95,
-        "coverage of the intervals",
-        WHAT,
-        check=lambda level: 0 < level < 1,
-        wanted="between 0 and 1, such as 0.95",
-    )
+    level: float = option(0.95, "coverage of the intervals", WHAT, **_LEVEL)
     condition: bool = option(True, "take the condition numbers of the weights after each epoch", WHAT)
     epochs: int = option(12, "passes over the training data", HOW, **_COUNT)
     batch_size: int = option(64, "samples per step, over all processes", HOW, **_COUNT)
-    optimizer: str = option("sgd", "what trains the weights", HOW, choices=tuple(RATES))
+    optimizer: str = option("sgd", "what trains the weights", HOW, tuple(RATES))
     momentum: float = option(0.9, "momentum of SGD", HOW, **_PART)
-    weight_decay: float = option(
-        1e-4, "weight decay", HOW, check=lambda decay: 0 <= decay < math.inf, wanted="0 or above"
-    )
+    weight_decay: float = option(1e-4, "weight decay", HOW, **_FROM_0)
     schedule: str = option(
         "cosine",
         "learning rate over a run: cosine down to 0, constant, or a tenth after 1/2 and again after 3/4",
         HOW,
-        choices=("cosine", "constant", "step"),
+        ("cosine", "constant", "step"),
     )
-    warmup: float = option(
-        0.0,
-        "epochs over which the learning rate rises",
-        HOW,
-        check=lambda epochs: epochs >= 0,
-        wanted="0 or above",
-        later=True,
-    )
+    warmup: float = option(0.0, "epochs over which the learning rate rises", HOW, later=True, **_FROM_0)
     accumulate: int = option(
         1, "parts in which a batch is run, to save memory; batch statistics are of a part", HOW, later=True, **_COUNT
     )
     clip: float | None = option(
-        None,
-        "greatest norm of the gradient; longer ones are scaled to it",
-        HOW,
-        check=lambda norm: 0 < norm < math.inf,
-        wanted="a length above 0",
-        rest="none",
-        later=True,
+        None, "greatest norm of the gradient; longer ones are scaled to it", HOW, rest="none", later=True, **_LENGTH
     )
     ema: float = option(
         0.0,
@@ -194,10 +162,9 @@ class Settings:
         "auto",
         "processes of torchrun: a copy of the model in each (ddp, which auto is), or a shard (fsdp)",
         WHERE,
-        choices=("auto", "ddp", "fsdp"),
+        ("auto", "ddp", "fsdp"),
         later=True,
     )
-
     extend: bool = option(
         True, "try further rates, 3 per side at most, where the best lies at the edge of the sweep", WHAT, later=True
     )
@@ -212,12 +179,8 @@ class Settings:
         None,
         "time for all trainings, such as 90s, 10m or 2h: chooses how many epochs, rates and seeds",
         HOW,
-        metavar="TIME",
-        check=lambda seconds: 0 < seconds < math.inf,
-        wanted="a time above 0 such as 90s, 10m or 2h",
-        parse=_seconds,
-        write=lambda seconds: f"{seconds:g}s",
         later=True,
+        **_TIME,
     )
 
     def __post_init__(self) -> None:
@@ -268,8 +231,8 @@ class Size:
         "small",
         "small (two cores, minutes) or full",
         WHAT,
+        ("tiny", "small", "full"),
         metavar="small|full",
-        choices=("tiny", "small", "full"),
         always=True,
     )
     _: KW_ONLY

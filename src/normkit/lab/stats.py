@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-
-from normkit.lab.sweep import Job
 
 OK, DIVERGED = "ok", "diverged"
 BETTER, WORSE, EVEN, SINGLE = "better", "worse", "no difference shown", "one seed, no interval"
@@ -45,11 +43,7 @@ class Spread:
 
 
 def over_seeds(differences: Sequence[float]) -> Spread | None:
-    """The spread of paired differences over seeds; None with fewer than two.
-
-    >>> over_seeds([1.0, 2.0, 3.0]).freedom, round(over_seeds([1.0, 2.0, 3.0]).p, 4)
-    (2, 0.0742)
-    """
+    """The spread of paired differences over seeds; None with fewer than two."""
     count = len(differences)
     if count < 2:
         return None
@@ -77,42 +71,26 @@ def paired_interval(differences: Sequence[float], level: float = 0.95) -> Interv
     It takes differences for normal and independent over seeds. One difference has no interval.
 
     Reference: Student 1908, The probable error of a mean, https://doi.org/10.1093/biomet/6.1.1
-
-    >>> found = paired_interval([1.0, 2.0, 3.0])
-    >>> round(found.low, 4), found.mean, round(found.high, 4)
-    (-0.4841, 2.0, 4.4841)
     """
     low, high = spread.ends(level) if (spread := over_seeds(differences)) else (None, None)
     return Interval(fmean(differences) if differences else None, low, high, level, tuple(differences))
 
 
 def differences(these: Iterable[float | None], those: Iterable[float | None], level: float = 0.95) -> Interval:
-    """Interval of the seed-paired differences; a seed with None on either side is left out.
-
-    >>> differences([3.0, 5.0, None], [1.0, 2.0, 2.0]).differences
-    (2.0, 3.0)
-    """
+    """Interval of the seed-paired differences; a seed with None on either side is left out."""
     pairs = zip(these, those, strict=True)
     return paired_interval([one - other for one, other in pairs if one is not None and other is not None], level)
 
 
 def gain(runs: Iterable[Row], base: Iterable[Row], field: str) -> Interval:
-    """Bounds the mean gain of some runs over a baseline's of the same seeds; runs with None in `field` are left out.
-
-    >>> gain([{"seed": 0, "x": 3.0}, {"seed": 1, "x": 5.0}], [{"seed": 1, "x": 4.0}], "x").differences
-    (1.0,)
-    """
+    """Bounds the mean gain of some runs over a baseline's of the same seeds; runs with None in `field` are left out."""
     known = {run["seed"]: run[field] for run in base}
     shared = [run for run in runs if run["seed"] in known]
     return differences([run[field] for run in shared], [known[run["seed"]] for run in shared])
 
 
 def judge(low: float | None, high: float | None) -> str:
-    """Says what the interval of a paired gain shows, where more is better.
-
-    >>> judge(0.1, 0.3), judge(-0.3, -0.1), judge(-0.1, 0.2), judge(0.2, 0.2), judge(None, None)
-    ('better', 'worse', 'no difference shown', 'no difference shown', 'one seed, no interval')
-    """
+    """Says what the interval of a paired gain shows, where more is better."""
     if low is None or high is None:
         return SINGLE
     if math.isclose(low, high):
@@ -125,12 +103,6 @@ def judge_runs(runs: Sequence[Row], base: Sequence[Row], field: str) -> str:
     """Says what the gain of some runs over a baseline's of the same seeds shows, as :func:`judge`.
 
     It is not judged where a run diverged, on either side: those that are left were chosen by how they fared.
-
-    >>> base = [{"seed": seed, "x": x} for seed, x in enumerate((1.0, 2.0, 4.0))]
-    >>> judge_runs([{**run, "x": 1.1 * run["x"] + 5} for run in base], base, "x"), judge_runs(base[:1], base, "x")
-    ('better', 'one seed, no interval')
-    >>> judge_runs([*base[:2], {"seed": 2, "x": None}], base, "x")
-    '2 of 3 seeds, not judged'
     """
     found = gain(runs, base, field)
     seeds, pairs = len({run["seed"] for run in runs} & {run["seed"] for run in base}), len(found.differences)
@@ -138,11 +110,7 @@ def judge_runs(runs: Sequence[Row], base: Sequence[Row], field: str) -> str:
 
 
 def tell(found: Interval, form: str = "+.2f", scale: float = 1.0) -> str | None:
-    """Writes a mean difference and its interval, times `scale`, such as 100 for percent; None where there is none.
-
-    >>> tell(paired_interval([1.0, 2.0, 3.0])), tell(paired_interval([0.01]), "+.1f", 100)
-    ('+2.00 [-0.48, +4.48]', '+1.0')
-    """
+    """Writes a mean difference and its interval, times `scale`, such as 100 for percent; None where there is none."""
     if found.mean is None:
         return None
     text = f"{scale * found.mean:{form}}"
@@ -178,10 +146,8 @@ def over_seeds_and_samples(gains: np.ndarray, sizes: np.ndarray) -> Spread | Non
 
     Each of 2,000 draws takes seeds and samples with replacement, the same samples for every seed and both recipes (a
     sample counts a Poisson number of times). With S seeds the bootstrap of seeds is S / (S - 1) too narrow in variance,
-    which is made up for; the error is then judged by Student's t with S - 1 degrees of freedom. It is conservative: what
-    seed and sample do together is counted more than once. `gains` ``(seeds, samples)`` are what each sample adds to the
-    score of the recipe less what it adds to the baseline's; a score is a sum over samples divided by the sum of `sizes`
-    ``(samples,)``.
+    which is made up for. It is conservative: what seed and sample do together is counted more than once. `gains` ``(seeds,
+    samples)`` are of what each sample adds to a score, which is a sum over samples divided by that of `sizes` ``(samples,)``.
 
     Reference: Owen 2007, The pigeonhole bootstrap, https://doi.org/10.1214/07-AOAS122
     """
@@ -203,9 +169,6 @@ def holm(chances: Mapping[str, float | None]) -> dict[str, float]:
         p'_(i) = max over j <= i of min(1, (m - j + 1) p_(j)),   p_(1) <= ... <= p_(m)
 
     Reference: Holm 1979, A simple sequentially rejective multiple test procedure, https://www.jstor.org/stable/4615733
-
-    >>> holm({"ln": 0.01, "gn": 0.04, "in": 0.03, "none": None})
-    {'ln': 0.03, 'in': 0.06, 'gn': 0.06}
     """
     ranked = sorted((p, name) for name, p in chances.items() if p is not None)
     found, highest = {}, 0.0
@@ -218,10 +181,7 @@ def holm(chances: Mapping[str, float | None]) -> dict[str, float]:
 def detectable(spread: float, seeds: int, level: float = 0.95) -> float:
     """The least true difference that is found in four of five comparisons.
 
-        delta * s / sqrt(n),   P(T > t[(1 + level) / 2, n - 1]) = 0.8 for T of the noncentral t(n - 1, delta)
-
-    >>> round(detectable(0.01, 3), 4), round(detectable(0.01, 10), 4)
-    (0.0326, 0.01)
+    delta * s / sqrt(n),   P(T > t[(1 + level) / 2, n - 1]) = 0.8 for T of the noncentral t(n - 1, delta)
     """
     from scipy.optimize import brentq
     from scipy.stats import nct
@@ -232,11 +192,7 @@ def detectable(spread: float, seeds: int, level: float = 0.95) -> float:
 
 
 def seeds_for(difference: float, spread: float, level: float = 0.95) -> int | None:
-    """How many seeds find a true difference in four of five comparisons; None where more than :data:`MOST` would be needed.
-
-    >>> seeds_for(0.01, 0.01), seeds_for(0.001, 1.0)
-    (10, None)
-    """
+    """How many seeds find a true difference in four of five comparisons; None where more than :data:`MOST` would be needed."""
     counts = range(2, MOST + 1)
     place = bisect_left(counts, True, key=lambda seeds: detectable(spread, seeds, level) <= difference)
     return counts[place] if place < len(counts) else None
@@ -255,21 +211,13 @@ def known(values: Iterable[float | None]) -> list[float]:
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """The mean of what is known, or None.
-
-    >>> mean([1.0, None, 3.0])
-    2.0
-    """
+    """The mean of what is known, or None."""
     values = known(values)
     return fmean(values) if values else None
 
 
 def spread(values: Iterable[float | None], form: str = ".3f", scale: float = 1.0) -> str:
-    """Mean and standard deviation over seeds, times `scale`, with how many runs have no value.
-
-    >>> spread([0.5, 0.7], ".1f", 100), spread([0.25, None], ".2f"), spread([None])
-    ('60.0 ± 14.1', '0.25 (1 of 2 without)', '–')
-    """
+    """Mean and standard deviation over seeds, times `scale`, with how many runs have no value."""
     values = list(values)
     there = [scale * value for value in known(values)]
     if not there:
@@ -280,20 +228,12 @@ def spread(values: Iterable[float | None], form: str = ".3f", scale: float = 1.0
 
 
 def where(rows: Iterable[Row], **wanted: Any) -> list[Row]:
-    """The rows whose keys have the wanted values.
-
-    >>> where([{"a": 1, "b": 2}, {"a": 3, "b": 2}], a=3)
-    [{'a': 3, 'b': 2}]
-    """
+    """The rows whose keys have the wanted values."""
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
 def by_step(rows: Sequence[Sequence[Row]], value: Callable[[Row], float | None]) -> Any:
-    """Steps, and at each the mean, lowest and highest value over runs that came so far: four lists of one length.
-
-    >>> by_step([[{"step": 1, "x": 2.0}], [{"step": 1, "x": 4.0}]], lambda row: row["x"])
-    ([1], [3.0], [2.0], [4.0])
-    """
+    """Steps, and at each the mean, lowest and highest value over runs that came so far: four lists of one length."""
     found: dict[int, list[float]] = {}
     for run in rows:
         for row in run:
@@ -303,31 +243,14 @@ def by_step(rows: Sequence[Sequence[Row]], value: Callable[[Row], float | None])
     return steps, [fmean(found[s]) for s in steps], [min(found[s]) for s in steps], [max(found[s]) for s in steps]
 
 
-class Rated(Job, Protocol):
-    """A job with a learning rate."""
-
-    @property
-    def rate(self) -> float:
-        """Its rate."""
-        ...
-
-
-class Sweeper(Protocol):
-    """What does jobs, such as a bench."""
-
-    def sweep(self, function: Callable[[Any, Path], Row], jobs: Sequence[Job]) -> list[dict[str, Any]]:
-        """Does jobs, and gives their results in order."""
-        ...
-
-
 def tune(
-    bench: Sweeper,
+    bench: Any,
     learn: Callable[[Any, Path], Row],
-    rows: Mapping[str, Sequence[Rated]],
+    rows: Mapping[str, Sequence[Any]],
     look: Callable[[Row], Tried],
-    beyond: Callable[[str, float], Rated] | None = None,
+    beyond: Callable[[str, float], Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Tries the rates of each row, a job for each, and chooses the best.
+    """Tries the rates of each row, a job for each in the sweep of a bench, and chooses the best.
 
     ``look`` says of a job's result on validation data "status", "score", "loss" and "reached"; ``beyond(name, rate)``
     gives a row's job at a further rate (:func:`further`). By name the result has ``sweep``, all that was tried, by
@@ -354,10 +277,6 @@ def further(sweep: Sequence[Tried], given: Sequence[float]) -> float | None:
     """The next rate to try where the best lies at an edge of a sweep: as far from it as its neighbour is, as a ratio.
 
     None where the best lies inside, or :data:`FURTHER` were tried beyond that end of the `given` rates.
-
-    >>> runs = [{"rate": r, "status": "ok", "score": r, "loss": None, "reached": 1} for r in (0.25, 1.0)]
-    >>> further(runs, (0.25, 1.0)), further(runs, (0.25,)), further(runs[:1], (0.25,))
-    (4.0, 4.0, None)
     """
     rates, rate = [run["rate"] for run in sweep], best(sweep)["rate"]
     if not at_edge(rate, sweep):
@@ -369,13 +288,8 @@ def further(sweep: Sequence[Tried], given: Sequence[float]) -> float | None:
 
 
 def best(sweep: Iterable[Tried]) -> Tried:
-    """Chooses the run with the highest score; of equals, the one with the lowest loss, then rate.
-
-    Runs without a score come last, the longest-lived first.
-
-    >>> best([{"rate": r, "status": "ok", "score": s, "loss": 1.0, "reached": 1} for r, s in ((0.1, 0.5), (1.0, 0.5))])["rate"]
-    0.1
-    """
+    """Chooses the run with the highest score; of equals, the one with the lowest loss, then rate."""
+    # Runs without a score come last, the longest-lived first.
 
     def merit(run: Tried) -> tuple[float, ...]:
         if not scored(run):

@@ -1,8 +1,9 @@
-"""The runs of a comparison: the same initial weights and the same data in the same order for every recipe."""
+"""The runs of a comparison: the same initial weights and data in the same order for every recipe; recipes that suit a model."""
 
 import copy
 import hashlib
 import shlex
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -11,18 +12,57 @@ from typing import Any, ClassVar
 from urllib.parse import quote
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from normkit.core.errors import RecordError, SurgeryError
 from normkit.lab import protocol, record
 from normkit.lab.devices import device_name
 from normkit.lab.progress import tell
-from normkit.lab.recipes import default_recipes
 from normkit.lab.say import counted
 from normkit.lab.seeding import init_sha256, order_sha256, reseed
 from normkit.lab.settings import Settings
 from normkit.lab.train.cost import measure_costs
-from normkit.lab.train.fabric import start_fabric
+from normkit.lab.train.parallel import start_fabric
 from normkit.lab.train.trainer import METRICS_FILE, TIMING_FILE, Trainer
+from normkit.surgery.norms import is_norm, read_norm
+from normkit.surgery.recipe import why_not
+
+# Each kind of norm that stands in for another of the same reach: over features alone.
+OTHERS = {"layer_norm": "rms", "rms_norm": "ln"}
+WORDS = {"batch_norm": "batch norm", "layer_norm": "layer norm", "rms_norm": "RMS norm", "group_norm": "group norm"}
+
+
+def default_recipes(model: nn.Module, example: Any = None) -> tuple[tuple[str, ...], str]:
+    """Chooses recipes by what a model has, and says in a sentence why these.
+
+    The first, the baseline, is the model as it is: ``bn`` where all its norms are batch norms, else ``keep``. Next come
+    RMS norm where it has layer norms, or the reverse; weight standardization where it has convolutions; weight norm; and
+    weight conditioning of its first and last layer. Each is tried on the model; one that it can't have is left out.
+    """
+    kinds = Counter(_kind(name, module) for name, module in model.named_modules() if is_norm(module))
+    convolutions = sum(isinstance(module, _ConvNd) for module in model.modules())
+    base = "bn" if list(kinds) == ["batch_norm"] else "keep"
+    most = kinds.most_common(1)[0][0] if kinds else ""
+    swap = [OTHERS[most]] if most in OTHERS else []
+    # A patch embedding is a convolution too, which no norm follows.
+    standardized = [f"{base}+ws"] if convolutions > 1 and not swap else []
+    reasons = {text: why_not(model, text, example) for text in (*swap, *standardized, f"{base}+wn", f"{base}+e")}
+    left = "; ".join(reason for reason in reasons.values() if reason)
+    has = [counted(count, WORDS.get(kind, kind.replace("_", " "))) for kind, count in kinds.items()] or ["no norm"]
+    for of, what in (((_ConvNd,), "convolution"), ((nn.RNNBase,), "recurrent layer"), ((nn.Linear,), "linear layer")):
+        if count := sum(isinstance(module, of) for module in model.modules()):
+            has.append(counted(count, what))
+    listed = has[0] if len(has) == 1 else f"{', '.join(has[:-1])} and {has[-1]}"
+    reason = f"the model has {listed}" + (f"; left out, as they don't apply: {left}" if left else "")
+    return (base, *(text for text, why in reasons.items() if not why)), reason
+
+
+def _kind(name: str, module: nn.Module) -> str:
+    try:
+        return read_norm(name, module).kind
+    except SurgeryError:
+        return "norm of its own"
+
 
 MARKS_FILE = "test.npz"  # what each test sample adds to the score
 
@@ -33,11 +73,7 @@ OF_ALL = (*FREE, "budget", "accelerator", "devices")
 
 @dataclass(frozen=True)
 class Run:
-    """One training, with all that it depends on.
-
-    >>> Run("bn+e@first_last", 0.1, 0).path
-    'bn+e@first_last/rate=0.1/seed=0'
-    """
+    """One training, with all that it depends on."""
 
     recipe: str  # canonical
     rate: float  # the learning rate at its height

@@ -15,25 +15,13 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from rich.console import Console
 
 from normkit.core.errors import OptionError, RecordError
+from normkit.lab import folder as folders
 from normkit.lab import record
 from normkit.lab.cluster import joined
 from normkit.lab.devices import hardware
-from normkit.lab.folder import (
-    CHECKPOINT,
-    CONFIG,
-    PAUSE,
-    RESULT,
-    RUNS,
-    TIMING,
-    InUseError,
-    discard,
-    locked,
-    remove,
-    waited_for,
-)
 from normkit.lab.progress import Watch
+from normkit.lab.record import NUMBER, OBJECT, TEXT, each, fields, optional
 from normkit.lab.say import counted
-from normkit.lab.schema import NUMBER, OBJECT, TEXT, each, fields, optional
 from normkit.lab.seeding import borrowed_randomness, reseed
 
 SPENT = fields(seconds=NUMBER, devices=optional(each(TEXT)))
@@ -57,16 +45,7 @@ class Job(Protocol):
 
 
 class Work:
-    """The base of jobs whose path is a format of their fields.
-
-    >>> from dataclasses import dataclass
-    >>> @dataclass(frozen=True)
-    ... class Training(Work, path="{0.method}/rate={0.rate:g}"):
-    ...     method: str
-    ...     rate: float
-    >>> Training("bn", 0.1).path
-    'bn/rate=0.1'
-    """
+    """The base of jobs whose path is a format of their fields."""
 
     _path: ClassVar[str] = ""
 
@@ -136,13 +115,13 @@ def attend(function: Function, job: Job, place: Path, threads: int, group: Group
     with ExitStack() as held:
         if group is None:
             group = Group()
-            held.enter_context(waited_for(place))
+            held.enter_context(folders.waited_for(place))
         # The first process alone holds the folder, reads and writes; what it finds, all know.
         elif not group.share(lambda: _hold(held, place)):
-            raise InUseError(f"{place} is in use by another process")
+            raise folders.InUseError(f"{place} is in use by another process")
         if (done := group.share(lambda: finished(function, job, place))) is not None:
             return done
-        group.share(lambda: record.check_config(place / CONFIG, config, CURE))
+        group.share(lambda: record.check_config(place / folders.CONFIG, config, CURE))
         started = time.monotonic()
         try:
             with borrowed_randomness(threads):
@@ -155,23 +134,23 @@ def attend(function: Function, job: Job, place: Path, threads: int, group: Group
         written = {"config": config, "result": result, "sha256": record.digest(result)}
 
         def keep() -> dict[str, Any]:
-            record.write_json(place / RESULT, written)
+            record.write_json(place / folders.RESULT, written)
             _clear(place)
-            return record.read_json(place / RESULT)["result"]
+            return record.read_json(place / folders.RESULT)["result"]
 
         return group.share(keep)
 
 
 def _clear(place: Path) -> None:
     # Only once the result is there: a job stopped in between would be done again from its beginning.
-    for path in place.rglob(CHECKPOINT):
-        remove(path)
+    for path in place.rglob(folders.CHECKPOINT):
+        folders.remove(path)
 
 
 def _hold(held: ExitStack, place: Path) -> bool:
     try:
-        held.enter_context(locked(place))
-    except InUseError:
+        held.enter_context(folders.locked(place))
+    except folders.InUseError:
         return False
     return True
 
@@ -186,8 +165,8 @@ def _found(
         except record.UnlikeError:
             if not replaces:
                 raise
-            with locked(places[job.path]):
-                discard(folder, places[job.path])
+            with folders.locked(places[job.path]):
+                folders.discard(folder, places[job.path])
             done = None
         if done is not None:
             results[job.path] = done
@@ -200,28 +179,30 @@ def _spent(timing: Path) -> dict[str, Any]:
 
 
 def _spend(place: Path, seconds: float) -> None:
-    before = _spent(place / TIMING)
+    before = _spent(place / folders.TIMING)
     devices = sorted({*before.get("devices", ()), hardware()})
-    record.write_json(place / TIMING, {"seconds": round(before.get("seconds", 0.0) + seconds, 3), "devices": devices})
+    record.write_json(
+        place / folders.TIMING, {"seconds": round(before.get("seconds", 0.0) + seconds, 3), "devices": devices}
+    )
 
 
 def spent_on(job: Job, folder: Path) -> tuple[float, set[str]]:
     """Gives the seconds that a job took, and what it was done on: not this process's devices, its own."""
-    found = _spent(_places([job], folder)[job.path] / TIMING)
+    found = _spent(_places([job], folder)[job.path] / folders.TIMING)
     return found.get("seconds", 0.0), set(found.get("devices", ()))
 
 
 def finished(function: Function, job: Job, place: Path) -> dict[str, Any] | None:
     """Reads the result of a job that is done; None where there is work left."""
-    if not (place / CONFIG).exists():
+    if not (place / folders.CONFIG).exists():
         return None
     config = _config(function, job)
-    record.check_config(place / CONFIG, config, CURE)
-    if not all((place / name).exists() for name in (RESULT, TIMING, *getattr(job, "files", ()))):
+    record.check_config(place / folders.CONFIG, config, CURE)
+    if not all((place / name).exists() for name in (folders.RESULT, folders.TIMING, *getattr(job, "files", ()))):
         return None
-    found = record.read_json(place / RESULT, DONE)
+    found = record.read_json(place / folders.RESULT, DONE)
     if found["config"] != config:
-        raise RecordError(f"{place / RESULT} is of another run than {place / CONFIG}; {CURE}")
+        raise RecordError(f"{place / folders.RESULT} is of another run than {place / folders.CONFIG}; {CURE}")
     return found["result"]
 
 
@@ -255,10 +236,10 @@ def _in_turn(
             watch.begin(label(job))
             try:
                 end(job, attend(function, job, places[job.path], threads, group))
-            except InUseError:
+            except folders.InUseError:
                 busy.append(job)
         if busy and len(busy) == len(waiting):
-            time.sleep(PAUSE)
+            time.sleep(folders.PAUSE)
         waiting = busy
 
 
@@ -275,7 +256,7 @@ def _places(jobs: Sequence[Job], folder: Path) -> dict[str, Path]:
             raise OptionError(f"job path is {job.path!r}; wanted one within the folder of the runs")
         if job.path in places:
             raise OptionError(f"two jobs have the path {job.path!r}; wanted a path for each")
-        places[job.path] = folder / RUNS / path
+        places[job.path] = folder / folders.RUNS / path
     return places
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from normkit.core.errors import ProtocolError
-from normkit.lab.data.batch import IGNORED, Inputs, kind
+from normkit.lab.data.split import IGNORED, Inputs, kind
 
 AMONG = 5
 
@@ -21,11 +21,7 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def predictions(output: Any, name: str = "model") -> Tensor:
-    """Finds the predictions in what a model returned: a tensor, an object with ``.logits`` or a mapping with ``"logits"``.
-
-    >>> predictions({"logits": torch.ones(2)})
-    tensor([1., 1.])
-    """
+    """Finds the predictions in what a model returned: a tensor, an object with ``.logits`` or a mapping with ``"logits"``."""
     found = output
     if not isinstance(output, Tensor):
         found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
@@ -59,10 +55,7 @@ def weight(targets: Tensor) -> Tensor:
 
 
 def tally(output: Any, targets: Tensor) -> Tensor:
-    """Counts a batch: summed loss, summed right answers (or squared error), number of targets, right among five; float64.
-
-    The last is 0 where there are no more than five classes, or a class per token.
-    """
+    """Counts a batch in float64: summed loss, right answers (or squared error), targets, right among five classes."""
     total = marks(output, targets).sum()
     if targets.is_floating_point():
         return torch.stack([total, total, torch.full_like(total, targets.numel()), torch.zeros_like(total)])
@@ -95,10 +88,7 @@ def sizes(targets: Tensor) -> Tensor:
 
 
 def score(sums: Tensor, targets: Tensor) -> tuple[float, float]:
-    """Turns the sums of :func:`tally` over a whole split into a mean loss and a score: accuracy or R².
-
-    R² = 1 - sum (y - p)^2 / sum (y - mean y)^2, the mean taken per column.
-    """
+    """Turns the sums of :func:`tally` over a whole split into a mean loss and a score: accuracy or R²."""
     total, second, count, _ = sums.tolist()
     if targets.is_floating_point():
         return total / count, 1.0 - second / float(sizes(targets).sum())

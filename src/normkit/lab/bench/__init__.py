@@ -15,8 +15,8 @@ from normkit.lab.bench.report import brief, draw, replace_section, show
 from normkit.lab.bench.speed import cases, changes, measure, summary
 from normkit.lab.devices import cores, processor
 from normkit.lab.option import check, command
+from normkit.lab.record import ANY, OBJECT, TEXT, each, fields
 from normkit.lab.say import Terminal, counted, say
-from normkit.lab.schema import ANY, OBJECT, TEXT, each, fields
 from normkit.lab.settings import Speed
 
 QUICK_ROUNDS, ROUNDS = 7, 15

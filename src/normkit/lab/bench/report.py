@@ -13,8 +13,7 @@ from rich.table import Table
 from normkit.lab.bench.speed import KERNELS, OPERATORS, OWN, PEERS, TRAVERSALS, geometric_mean, group, reached
 from normkit.lab.experiment import Drawing
 from normkit.lab.record import write_bytes
-from normkit.lab.report.canvas import FAINT, FULL, GRID, INK
-from normkit.lab.report.drawing import save
+from normkit.lab.report.drawing import FAINT, FULL, GRID, INK, save
 from normkit.lab.say import counted
 
 LEGEND = "A peer's time over normkit's, mean and worst: above 1, normkit is faster; copy: of its bandwidth"

@@ -1,4 +1,4 @@
-"""Flips and crops of a whole batch at once, on the device where it is; no worker processes are needed."""
+"""What is done to images on the device where they are: bytes are standardized, whole batches flipped and cropped."""
 
 import math
 from dataclasses import dataclass
@@ -9,6 +9,33 @@ from torch.nn import functional
 
 from normkit.core.errors import OptionError
 
+
+@dataclass(frozen=True)
+class Standardize:
+    """y = (x / 255 - mean_c) / std_c, from bytes to float32."""
+
+    mean: tuple[float, ...]  # of each channel, of pixels from 0 to 1
+    std: tuple[float, ...]  # of each channel
+
+    def __call__(self, x: Tensor) -> Tensor:
+        mean = torch.tensor(self.mean, dtype=torch.float32, device=x.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, dtype=torch.float32, device=x.device).view(-1, 1, 1)
+        return (x / 255.0 - mean) / std
+
+    @classmethod
+    def of(cls, images: Tensor) -> "Standardize":
+        """Measures mean and standard deviation over images."""
+        # Counts of the 256 values say all of it exactly, and need no copy of the images in floats.
+        values = torch.arange(256, dtype=torch.float64) / 255.0
+        mean, std = [], []
+        for channel in images.unbind(1):
+            share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+            mean.append(float(share @ values))
+            std.append(float((share @ (values - mean[-1]).square()).sqrt()))
+        # A channel that never varies has deviation 0; it is left at 0 after its mean is taken away.
+        return cls(tuple(mean), tuple(deviation or 1.0 for deviation in std))
+
+
 TRIES = 10
 
 
@@ -17,9 +44,7 @@ class FlipAndCrop:
     """Flips each image at random, cuts a random rectangle out of it and resizes that to the full size, bilinearly.
 
     The rectangle's area is uniform in `scale` times the image's, its width / height log-uniform in `ratio` times the image's,
-    both rounded to whole pixels and redrawn until it fits; its place is uniform. Images are ``(n, c, h, w)`` floats.
-
-    Reference: Szegedy et al. 2015, Going deeper with convolutions, https://arxiv.org/abs/1409.4842, section 6
+    redrawn until it fits; its place is uniform (Szegedy et al. 2015, https://arxiv.org/abs/1409.4842, section 6).
     """
 
     scale: tuple[float, float] = (0.8, 1.0)  # least and greatest part of the area

@@ -1,6 +1,8 @@
-"""CIFAR-10 and CIFAR-100 in their published Python layout."""
+"""CIFAR-10 and CIFAR-100 in their published Python layout, whose pickles are read without running whatever else they may hold."""
 
 import hashlib
+import math
+import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +13,102 @@ import torch
 from torch import Tensor
 
 from normkit.core.errors import OptionError, ProtocolError
-from normkit.lab.data.augment import FlipAndCrop
-from normkit.lab.data.download import Archive
-from normkit.lab.data.download import download as fetch
-from normkit.lab.data.pickled import read_pickle
-from normkit.lab.data.root import data_root
+from normkit.lab.data.augment import FlipAndCrop, Standardize
+from normkit.lab.data.root import Archive, data_root, reading
+from normkit.lab.data.root import download as fetch
 from normkit.lab.data.split import Data, Split, hold_out, subset
-from normkit.lab.data.standardize import Standardize
+
+_PLAIN = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
+_MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")  # of numpy 1 and 2
+
+
+class _Inert:
+    """What a pickle builds by a name: what was asked for, which does nothing and is looked at when all is read."""
+
+    __slots__ = ("given", "state")
+
+    def __init__(self, *given: Any) -> None:
+        self.given, self.state = given, None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Array(_Inert): ...
+
+
+class _Whose(_Inert): ...
+
+
+class _Kind(_Inert): ...
+
+
+class _Bytes(_Inert): ...  # how Python 3 writes byte strings for Python 2
+
+
+_NAMES = {("numpy", "ndarray"): _Whose, ("numpy", "dtype"): _Kind, ("_codecs", "encode"): _Bytes}
+_NAMES |= {(module, "_reconstruct"): _Array for module in _MULTIARRAY}
+
+
+class _Forbidden(Exception): ...
+
+
+class _Reader(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if (module_name, global_name) not in _NAMES:
+            raise _Forbidden(f"{module_name}.{global_name}")
+        return _NAMES[module_name, global_name]
+
+
+def read_pickle(path: Path, cure: str) -> dict[str, Any]:
+    """Reads a pickled dict of plain values, byte strings and numpy arrays; its keys become strings."""
+    with reading(path, cure), open(path, "rb") as file:
+        try:
+            value = _made(_Reader(file, encoding="bytes").load())
+        except _Forbidden as error:
+            raise ProtocolError(f"{path} asks for {error}, which no data set needs; it is not loaded; {cure}") from None
+    if not isinstance(value, dict):
+        raise ProtocolError(f"{path} holds a {type(value).__name__}; wanted a dict; {cure}")
+    return {_text(key): item for key, item in value.items()}
+
+
+def _made(value: Any) -> Any:
+    """Makes arrays and bytes of what was read, and refuses any other use of a name."""
+    if isinstance(value, dict):
+        return {_made(key): _made(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_made, value))
+    if isinstance(value, _Bytes):
+        text, encoding = value.given
+        if encoding != "latin1":
+            raise ValueError(f"bytes in encoding {encoding!r}")
+        return text.encode("latin1")
+    if isinstance(value, _Inert | type):
+        return _array(value)
+    return value
+
+
+def _array(value: Any) -> np.ndarray:
+    # As numpy pickles one: it begins empty, and its shape and content are set afterwards.
+    whose, first, _ = value.given
+    _version, shape, kind, fortran, content = value.state
+    _version, order, *parts = kind.state
+    code, order, content = _text(kind.given[0]), _text(order), _made(content)
+    built = type(value) is _Array and whose is _Whose and first == (0,) and type(kind) is _Kind
+    # A subtype, names and fields would make another kind of it.
+    plain = code in _PLAIN and order in "<>|=" and not any(part is not None for part in parts[:3])
+    if not (built and plain and type(shape) is tuple and type(content) is bytes):
+        raise ValueError(f"an array of kind {code!r} that is not built as numpy builds a plain one")
+    flat = np.frombuffer(content, np.dtype(code).newbyteorder(order))  # pyright: ignore[reportArgumentType]
+    if not all(type(length) is int and length >= 0 for length in shape) or flat.size != math.prod(shape):
+        raise ValueError(f"{flat.size} numbers for an array of shape {shape}")
+    # A copy: what torch is given must be writable, and in this machine's order of bytes.
+    return flat.astype(flat.dtype.newbyteorder("=")).reshape(shape, order="F" if fortran else "C")
+
+
+def _text(value: Any) -> str:
+    return value.decode("latin1") if isinstance(value, bytes) else str(value)
+
 
 # Part of the published training images that is held out to choose learning rates: 5,000 of 50,000.
 HELD_OUT = 0.1
@@ -76,15 +167,17 @@ def download_missing(name: str, root: Path | str | None = None) -> None:
 
 
 def source(names: Iterable[str], root: Path | str | None = None) -> str:
-    """Says which data sets are not the published files; nothing where all are, or for another set than CIFAR.
-
-    >>> source(["digits"])
-    ''
-    """
+    """Says which data sets are not the published files; nothing where all are, or for another set than CIFAR."""
     known = [PUBLISHED[name] for name in dict.fromkeys(names) if name in PUBLISHED]
-    changed = [
-        published.name for published in known if not _as_published(published, _place(published, data_root(root)))
-    ]
+    changed = []
+    for published in known:
+        folder = _place(published, data_root(root))
+        sums = {**published.train, **published.test}.items()
+        if any(
+            hashlib.md5((folder / file).read_bytes(), usedforsecurity=False).hexdigest() != wanted
+            for file, wanted in sums
+        ):
+            changed.append(published.name)
     return f"Not the published files of {' and '.join(changed)}: their MD5 sums differ." if changed else ""
 
 
@@ -96,49 +189,19 @@ def cifar10(
     test: int | None = None,
     augment: bool = True,
     download: bool = False,
+    published: Published | None = None,
 ) -> Data:
     """Reads CIFAR-10: 60,000 photographs of 32x32 pixels and 10 classes; 45,000 train, 5,000 val, 10,000 test.
 
     Val is held out of the published training images, stratified, always the same ones. Pixels are bytes in memory; in a
     batch they are standardized by each channel's mean and deviation over the train split. Training batches are flipped
-    and cropped: a rectangle of 0.8 to 1 of the area and 0.9 to 1.1 of the shape, resized to 32x32.
+    and cropped: a rectangle of 0.8 to 1 of the area and 0.9 to 1.1 of the shape, resized to 32x32. `train`, `val` and `test`
+    are how many samples of each, stratified; `val` is a ninth of `train` unless given. Inputs of a batch are float32
+    ``(n, 3, 32, 32)``; `download` fetches the published archive (163 MB) into `root` where files are missing.
 
-    Args:
-        root: the folder that holds ``cifar-10-batches-py``. Default: None, the environment variable ``NORMKIT_DATA``.
-        train: as many samples of train, stratified, always the same ones. Default: None, all.
-        val: the same of val. Default: None, a ninth of `train`, as in the whole.
-        test: the same of test. Default: None, all.
-        augment: flip and crop training batches. Default: True.
-        download: fetch the published archive (163 MB) into `root` where the files are missing. Default: False.
-
-    Shape:
-        Inputs of a batch ``(n, 3, 32, 32)`` float32, targets ``(n,)`` int64.
-
-    Raises:
-        OptionError: a subset is larger than its split, or smaller than the number of classes.
-        ProtocolError: a file is missing, truncated or damaged, or can't be fetched.
-
-    Reference:
-        Krizhevsky 2009, Learning multiple layers of features from tiny images, https://www.cs.toronto.edu/~kriz/cifar.html
+    Reference: Krizhevsky 2009, Learning multiple layers of features from tiny images, https://www.cs.toronto.edu/~kriz/cifar.html
     """
-    return _load(CIFAR10, root, train=train, val=val, test=test, augment=augment, download=download)
-
-
-def cifar100(root: Path | str | None = None, **options: Any) -> Data:
-    """Reads CIFAR-100: as :func:`cifar10`, with its options, of 100 classes (the fine labels), from ``cifar-100-python``."""
-    return _load(CIFAR100, root, **options)
-
-
-def _load(
-    published: Published,
-    root: Path | str | None,
-    *,
-    train: int | None = None,
-    val: int | None = None,
-    test: int | None = None,
-    augment: bool = True,
-    download: bool = False,
-) -> Data:
+    published = published or CIFAR10
     folder = _folder(published, root, download)
     images, labels = _read(published, folder, published.train)
     tested, test_labels = _read(published, folder, published.test)
@@ -155,6 +218,11 @@ def _load(
     return Data(*splits, augment=FlipAndCrop() if augment else None)
 
 
+def cifar100(root: Path | str | None = None, **options: Any) -> Data:
+    """Reads CIFAR-100: as :func:`cifar10`, with its options, of 100 classes (the fine labels), from ``cifar-100-python``."""
+    return cifar10(root, published=CIFAR100, **options)
+
+
 def _some(published: Published, key: str, split: Split, count: int | None) -> Split:
     if count is None:
         return split
@@ -169,13 +237,6 @@ def _some(published: Published, key: str, split: Split, count: int | None) -> Sp
 def _place(published: Published, base: Path) -> Path:
     # The folder itself is as good as the one that holds it.
     return base if base.name == published.archive.folder else base / published.archive.folder
-
-
-def _as_published(published: Published, folder: Path) -> bool:
-    files = {**published.train, **published.test}
-    return all(
-        hashlib.md5((folder / file).read_bytes(), usedforsecurity=False).hexdigest() == files[file] for file in files
-    )
 
 
 def _folder(published: Published, root: Path | str | None, wanted: bool) -> Path:

@@ -7,16 +7,7 @@ from normkit.lab.data.split import Data, Split, hold_out
 
 
 def digits() -> Data:
-    """Loads 1,797 handwritten digits of 8x8 pixels and 10 classes; 40 % train, 20 % val, 40 % test, stratified.
-
-    Pixels are standardized by the one mean and standard deviation of the train split. No download: the images are part
-    of scikit-learn.
-
-    Shape:
-        Inputs ``(n, 1, 8, 8)`` float32, targets ``(n,)`` int64.
-
-    Reference: Alpaydin and Kaynak 1998, https://archive.ics.uci.edu/dataset/80
-    """
+    """Loads 1,797 handwritten digits of 8x8 pixels and 10 classes; 40 % train, 20 % val, 40 % test, stratified."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)

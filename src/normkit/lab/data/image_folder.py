@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from normkit.core.errors import OptionError, ProtocolError
-from normkit.lab.data.augment import FlipAndCrop
+from normkit.lab.data.augment import FlipAndCrop, Standardize
 from normkit.lab.data.root import data_root, reading
 from normkit.lab.data.split import Data, Split, hold_out, subset
-from normkit.lab.data.standardize import Standardize
 
 PARTS = ("train", "val", "test")
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
@@ -41,30 +40,11 @@ def imagefolder(
     With one of them, which of ImageNet is ``val``, it is the test split; val is a tenth of train, at most as many as
     test. With neither, a tenth of train each. What is held out is stratified, always the same.
 
-    Of an image the central square of 7/8 of the shorter side is taken and resized. Training batches are flipped and
+    Of an image the central square of 7/8 of the shorter side is taken and resized to `size`. Training batches are flipped and
     cropped: a rectangle of 1/4 to 1 of that square's area, and of 3/4 to 4/3 of its shape. Pixels are standardized by each
-    channel's mean and deviation over the train split (over 2,048 of its images, where they are not in memory).
-
-    Args:
-        root: the folder that holds ``train``, or the one in which a single folder does. Default: None, the environment
-            variable ``NORMKIT_DATA``.
-        size: height and width of the inputs. Default: 224.
-        classes: only the first that many classes. Default: None, all.
-        train: as many samples of train, stratified. Default: None, all.
-        val: the same of val.
-        test: the same of test.
-        augment: flip and crop training batches. Default: True.
-        memory: GiB; if all the images need no more, they are read once and held as bytes, else each time they are used.
-            Default: 2.
-
-    Shape:
-        Inputs of a batch ``(n, 3, size, size)`` float32, targets ``(n,)`` int64.
-
-    Raises:
-        OptionError: `size`, `classes` or a subset is outside its range.
-        ProtocolError: a folder or file is missing, empty, or not what it should be.
-
-    Reference: Deng et al. 2009, ImageNet: a large-scale hierarchical image database, https://www.image-net.org
+    channel's mean and deviation over the train split (over 2,048 of its images, where they are not in memory). `classes` takes
+    the first that many, `train`, `val` and `test` that many samples, stratified. Images that need no more than `memory` GiB in
+    all are read once and held as bytes, others each time they are used.
     """
     if size < 1:
         raise OptionError(f"size is {size}; wanted at least 1 pixel")
@@ -155,11 +135,7 @@ def _rows(split: Split) -> Tensor:
 
 
 class ImageFiles:
-    """A map-style dataset of image files: the central square of each, resized, as bytes.
-
-    Several are read by several threads: the decoders work outside Python's lock. A sample is ``(3, size, size)`` uint8
-    and an integer.
-    """
+    """A map-style dataset of image files: the central square of each, resized, as bytes ``(3, size, size)``, and an integer."""
 
     def __init__(self, paths: Sequence[Path], labels: Tensor, size: int) -> None:
         self.paths, self.labels, self.size = list(paths), labels.tolist(), size
@@ -184,10 +160,7 @@ class ImageFiles:
 
 
 def read_square(path: Path, size: int) -> Tensor:
-    """Reads the central square of an image, 7/8 of its shorter side, resized with antialiasing.
-
-    Gives ``(3, size, size)`` uint8.
-    """
+    """Reads the central square of an image, 7/8 of its shorter side, resized with antialiasing."""
     from PIL import Image
 
     with reading(path, "replace it, or delete it and begin again"):

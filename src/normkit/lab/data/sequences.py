@@ -12,17 +12,7 @@ TASKS = ("copy", "sort", "add", "text")
 
 
 def draw(task: str, samples: int, length: int, vocabulary: int = 16) -> tuple[Tensor, Tensor]:
-    """Draws sequences from torch's global generator.
-
-    ========  =========================================================================================================
-    ``copy``  the same tokens
-    ``sort``  the same tokens in ascending order
-    ``add``   at each place, the sum of its token and of the one before it (of the last, at the first) modulo the vocabulary
-    ``text``  at each place, the character that follows, in a passage of :func:`text`; the vocabulary is the text's own
-    ========  =========================================================================================================
-
-    Tokens and targets are both (samples, length).
-    """
+    """Draws sequences and their targets, both (samples, length), from torch's global generator."""
     if task not in TASKS:
         raise OptionError(f"draw: there is no task {task!r}; there are {', '.join(TASKS)}")
     if task == "text":

@@ -14,23 +14,13 @@ from normkit.lab.say import Terminal
 
 # An experiment is called like its file, with dashes.
 FILES = {
-    "reproduce": ("table1", "table2", "table3", "table4", "fig1", "vit_s", "shape", "cost", "ablations"),
-    "claim": (
-        *("batch_size", "disparity", "pre_post_ln", "placements", "gan", "why_bn", "blog_table", "cost_activations"),
-        *(
-            "conditioning",
-            "four_benefits",
-            "equilibrate",
-            "four_improvements",
-            "local_norms",
-            "bn_order",
-            "linear_part",
-        ),
-        *("gradnorm", "style_transfer"),
-    ),
-    "theory": ("quadratic", "van_der_sluis", "proposition_1", "hessian"),
-    "demo": ("learning_rate", "input_normalization", "depth", "three_operations", "support_sets"),
+    "reproduce": "table1 table2 table3 table4 fig1 vit_s shape cost ablations".split(),
+    "claim": "batch_size disparity pre_post_ln placements gan why_bn blog_table cost_activations conditioning four_benefits "
+    "equilibrate four_improvements local_norms bn_order linear_part gradnorm style_transfer".split(),
+    "theory": "quadratic van_der_sluis proposition_1 hessian".split(),
+    "demo": "learning_rate input_normalization depth three_operations support_sets".split(),
 }
+WITH = {"table2": "table1:TABLE2"}  # what shares a file with another
 FOLDERS = {"theory": ".theory", "demo": ".demonstrations"}
 
 
@@ -40,27 +30,19 @@ def names(kind: str) -> tuple[str, ...]:
 
 
 def find_experiment(kind: str, name: str) -> Experiment:
-    """Imports an experiment.
-
-    Raises:
-        OptionError: there is none of that name.
-    """
+    """Imports an experiment."""
     known = names(kind)
     if name not in known:
         if other := _kind(name):
             raise OptionError(f"{name} is no experiment of {kind}; give normkit {other} {name}")
         there = f"there are {', '.join(known) or 'none'}"
         raise OptionError(f"{kind} knows no experiment {name!r}; {there}{closest(name, known)}")
-    module = import_module(f"normkit.lab.experiments{FOLDERS.get(kind, '')}.{name.replace('-', '_')}")
-    return module.EXPERIMENT
+    file, _, other = WITH.get(name, name.replace("-", "_")).partition(":")
+    return getattr(import_module(f"normkit.lab.experiments{FOLDERS.get(kind, '')}.{file}"), other or "EXPERIMENT")
 
 
 def reshow(output: Path, console: Console | None = None) -> None:
-    """Prints an experiment's tables and redraws its report from its records.
-
-    Raises:
-        RecordError: there is no record, or one that is damaged or of an experiment that is not finished.
-    """
+    """Prints an experiment's tables and redraws its report from its records."""
     if not output.is_dir():
         raise RecordError(
             f"{output} is {'a file, not a folder' if output.exists() else 'not there'}; give a folder of records"

@@ -13,8 +13,7 @@ from typing import Any
 from torch import nn
 
 from normkit.lab.experiment import Experiment
-from normkit.lab.experiments.classification import PAPER, Plan, Row, early, study, tables, verdicts
-from normkit.lab.experiments.classification_drawing import figures
+from normkit.lab.experiments.classification import PAPER, Plan, Row, early, figures, study, tables, verdicts
 from normkit.lab.say import counted
 from normkit.lab.train.learning import Training
 
@@ -85,7 +84,6 @@ def plans(scale: str) -> list[Plan]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What is seen."""
     left = counted(len(LARGE), "row")
     return [
         *verdicts(result),

@@ -27,12 +27,10 @@ from normkit.activations.group_norm import CARD
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments import runs
 from normkit.lab.experiments.runs import CHANCE, drawn, points, side
-from normkit.lab.models.noisy_norm import GHOST, MAKERS
-from normkit.lab.report.bands import across, marked
-from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, SHAPES, name_ends
+from normkit.lab.models.small_cnn import GHOST, MAKERS
+from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, SHAPES, across, marked, name_ends
 from normkit.lab.stats import differences, known, spread, where
-from normkit.lab.train.images import Size, Stream, accuracy, fit
-from normkit.lab.train.walk import OK
+from normkit.lab.train.images import OK, Size, Stream, accuracy, fit
 from normkit.surgery.recalibrate import recalibrate
 from normkit.surgery.recipe import apply_recipe
 
@@ -53,8 +51,6 @@ JUDGED = 512  # training images on which statistics are re-estimated
 
 @dataclass(frozen=True)
 class Training(Size, path="{0.method}/batch={0.batch}/seed={0.seed}"):
-    """One training."""
-
     method: str
     batch: int
     seed: int
@@ -96,7 +92,6 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Trains every method at every batch size with every seed."""
     size, batches = runs.size_of(bench, 3), BATCHES[bench.scale]
     each = [(method, batch) for method in METHODS for batch in batches if method != "ghost" or batch > GHOST]
     jobs = [Training(method, batch, seed, **size) for seed in bench.seeds for method, batch in each]
@@ -115,7 +110,6 @@ def counted(result: dict[str, Any], method: str, batch: int) -> list[float]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Accuracies of every method, and of batch normalization with other statistics."""
     sizes = result["batches"]
 
     def cell(method: str, batch: int, way: str = "running") -> str:
@@ -136,7 +130,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What each part of the claim comes to."""
     sizes = result["batches"]
     smallest, usual = sizes[0], 32 if 32 in sizes else sizes[-1]
     said = []

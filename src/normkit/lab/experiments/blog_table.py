@@ -31,12 +31,10 @@ from normkit.catalogue.methods import method
 from normkit.core.errors import NormkitError
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments.runs import drawings, drawn, titled
-from normkit.lab.report.bands import key, rows_of
-from normkit.lab.report.canvas import FAINT
-from normkit.lab.report.drawing import COLOURS, GREY
+from normkit.lab.report.drawing import COLOURS, FAINT, GREY, key, rows_of
 from normkit.lab.stats import ABSENT
 from normkit.lab.sweep import Work
-from normkit.lab.train.walk import descend
+from normkit.lab.train.images import descend
 from normkit.surgery.fold import fold
 from normkit.weights.spectral_norm import spectral_norm
 from normkit.weights.weight_norm import weight_norm
@@ -59,8 +57,6 @@ METHODS = (*ACTIVATIONS, *WEIGHTS)
 
 @dataclass(frozen=True)
 class Measurement(Work, path="{0.method}/seed={0.seed}"):
-    """One row."""
-
     method: str
     seed: int = 0
 
@@ -112,11 +108,7 @@ def difference(one: Tensor, other: Tensor) -> float:
 
 
 def stream(name: str) -> float | None:
-    """How far a row of positions computed one by one, in evaluation, is from the whole; None if one position is refused.
-
-    >>> stream("rms_norm") < 1e-12  # rounding
-    True
-    """
+    """How far a row of positions computed one by one, in evaluation, is from the whole; None if one position is refused."""
     layer = (STREAMS[name]().double() if name in STREAMS else make(name)).eval()
     row = draw_images(1)[:, :, :1]
     try:
@@ -134,15 +126,8 @@ def precision(name: str, x: Tensor, dtype: torch.dtype) -> float:
 
 
 def contrast(name: str, kind: str) -> float:
-    """How well a sample's contrast tells two kinds of images apart behind the layer: area under the ROC curve.
-
-    Half of the images have twice the contrast, in all channels or in the first; the score is the deviation over positions of
-    the first channel of the output (for a 1x1 convolution, which mixes channels, of all channels).
-
-    >>> _ = torch.manual_seed(0)
-    >>> contrast("instance_norm", "all channels")
-    0.5
-    """
+    """How well a doubled contrast shows in the deviation over positions behind the layer: area under the ROC curve."""
+    # For a 1x1 convolution, which mixes channels, the deviation is of all channels.
     images = draw_images(2 * MANY)
     strong = images[:MANY] if kind == "all channels" else images[:MANY, :1]
     strong.sub_(1).mul_(2).add_(1)
@@ -192,21 +177,15 @@ def drift(name: str) -> list[float]:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Measures every row, once: nothing here depends on training."""
     return {"rows": dict(zip(METHODS, bench.sweep(measure, [Measurement(name) for name in METHODS]), strict=True))}
 
 
 def tell(value: float | None, missing: str = ABSENT) -> str:
-    """Says whether a difference is more than rounding, and how large it is.
-
-    >>> tell(1e-12), tell(0.345), tell(None, "refused")
-    ('equal', 'differs, 0.34', 'refused')
-    """
+    """Says whether a difference is more than rounding, and how large it is."""
     return missing if value is None else "equal" if value <= SAME else f"differs, {value:.2g}"
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """The table in words, and what was measured."""
     words, rows, outputs = [], [], []
     for name, found in result["rows"].items():
         c = method(name)
@@ -234,7 +213,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """Where cards and measurements agree, and the weaknesses in numbers."""
     rows, disputes = result["rows"], []
     for name, found in rows.items():
         card = method(name)

@@ -8,15 +8,11 @@ that row is the first but for rounding, and shows how much that and the choice o
 images at half the resolution are learned for 6 epochs.
 """
 
-from pathlib import Path
-from typing import Any
-
 from torch import nn
 
 from normkit.activations.batch_norm import CARD, BatchNorm
-from normkit.lab.experiments.small_table import Plan, Training, learn, turned
-from normkit.lab.models.noisy_norm import Shift
-from normkit.lab.models.small_cnn import SmallCNN
+from normkit.lab.experiments.small_table import Plan, turned
+from normkit.lab.models.small_cnn import Shift, SmallCNN
 
 BATCH = 64
 ROWS = {
@@ -34,11 +30,7 @@ PAIRS = (("after", "before"), ("biased", "before"), ("before", "none"), ("after-
 
 
 def make(row: str, **size: int) -> nn.Module:
-    """Makes a row's network.
-
-    >>> [type(layer).__name__ for layer in make("after-tanh", width=4).features[:4]]
-    ['Conv2d', 'Shift', 'Tanh', 'BatchNorm']
-    """
+    """Makes a row's network."""
     order, _, tanh = row.partition("-")
     norms = {"biased": lambda width: nn.Sequential(Shift(width), BatchNorm(width)), "none": Shift}
     model = SmallCNN(norms.get(order, BatchNorm), **size)
@@ -50,12 +42,8 @@ def make(row: str, **size: int) -> nn.Module:
     return model
 
 
-def train(job: Training, folder: Path) -> dict[str, Any]:
-    """Trains a row and evaluates it."""
-    return learn(job, folder, make)
-
-
-EXPERIMENT = Plan(train, ROWS, {BATCH: (0.03, 0.1, 0.3)}, 6, PAIRS).experiment(
+PLAN = Plan(make, ROWS, {BATCH: (0.03, 0.1, 0.3)}, 6, PAIRS)
+EXPERIMENT = PLAN.experiment(
     "bn-order",
     "Batch normalization before or after the activation",
     "Batch normalization belongs before the activation, where it makes a bias redundant; practice has it after it, too.",

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from normkit.catalogue.methods import method
 from normkit.lab.data.cifar import download_missing, source
-from normkit.lab.experiment import Bench, Table
+from normkit.lab.experiment import Bench, Drawing, Table
 from normkit.lab.experiments.runs import SEEDS_ALONE
+from normkit.lab.report import drawing
 from normkit.lab.report.tables import edges, rates_table, time_table
 from normkit.lab.say import counted
-from normkit.lab.stats import BETTER, WORSE, gain, judge_runs, mean, spread, tell, tune, where
+from normkit.lab.stats import BETTER, WORSE, gain, judge_runs, mean, scored, spread, tell, tune, where
 from normkit.lab.train.cost import Costs
-from normkit.lab.train.learning import Same, Training, compare_same, images, learn, measure
+from normkit.lab.train.learning import Same, Training, compare_same, folder_name, images, learn, measure
 from normkit.lab.train.trainer import OK, validation
 
 PAPER = method("weight_conditioning").paper
@@ -41,8 +45,6 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """One data set and model of a table."""
-
     label: str
     base: Training  # all but row, rate and seed
     rows: tuple[Row, ...]
@@ -56,12 +58,7 @@ class Plan:
 
     def job(self, row: Row, rate: float, seed: int) -> Training:
         """The training of a row."""
-        how: dict[str, Any] = {
-            "name": row.name,
-            "recipe": row.recipe,
-            "unit": row.unit,
-            "conditioning": row.conditioning,
-        }
+        how: dict[str, Any] = {key: getattr(row, key) for key in ("name", "recipe", "unit", "conditioning")}
         return replace(self.base, rate=rate, seed=seed, optimizer=row.optimizer or self.base.optimizer, **how)
 
 
@@ -138,8 +135,7 @@ def _repeat(
     rows, keys = (*plan.rows, *plan.controls), ("status", "val_score", "test_score", "test_top5", "test_loss")
     pairs = [(row, seed) for seed in bench.seeds for row in rows if seed == bench.seeds[0] or not row.once]
     jobs = [plan.job(row, rates[row.name], seed) for row, seed in pairs]
-    runs: dict[str, list[dict[str, Any]]] = {}
-    parameters = {}
+    runs, parameters = dict[str, list[dict[str, Any]]](), {}
     for job, found in zip(jobs, bench.sweep(learn, jobs), strict=True):
         kept = {key: found[key] for key in (*keys, "condition", "curve")}
         runs.setdefault(job.name, []).append({"seed": job.seed, **kept})
@@ -161,7 +157,6 @@ def _repeat(
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """For each data set: our numbers next to the printed ones, controls, learning rates, and equal time and equal epochs."""
     found = []
     note = "Validation accuracy in % after the last epoch, first seed; it chooses the rate. Test images choose nothing."
     for label, part in result["parts"].items():
@@ -307,9 +302,98 @@ def _same(label: str, same: Mapping[str, Any]) -> str:
 def difference(result: Mapping[str, Any], label: str, one: str, other: str) -> str | None:
     """The paired difference in Top-1 between two rows, at their best rates, as text that says whether it shows one."""
     rows = result["parts"][label]["sets"].get(TUNED) or result["parts"][label]["sets"][GIVEN]
-    first, second = where(rows, name=one), where(rows, name=other)
-    if not first or not second:
+    runs = {row["name"]: row["runs"] for row in rows}
+    if one not in runs or other not in runs:
         return None
-    compared = first[0]["runs"], second[0]["runs"], "test_score"
+    compared = runs[one], runs[other], "test_score"
     text, word = tell(gain(*compared), scale=100), judge_runs(*compared)
     return text if text is None or word in (BETTER, WORSE) else f"{text} ({word})"
+
+
+CROWD = 1 + len(drawing.HUES)  # with more methods than that, lines share colours and hide one another
+# Of a panel: what of a curve it shows, by what that is multiplied, and what it is called.
+PANELS = (("train_loss", 1, "training loss"), ("val_score", 100, "validation Top-1 in %"))
+CAPTIONS = {
+    "curves": f"training loss, on a log scale, and validation Top-1 along training; {drawing.SEEDS}. Compare the distance "
+    "between lines with the width of their bands.",
+    "ends": "training loss and validation Top-1 of the last epoch; a dot is a seed, a bar the mean over seeds, and the vertical "
+    "line that of the first row. Look for methods whose dots are all on one side of the line; a seed that diverged has no dot.",
+    "rates": "validation Top-1 at the end of training against the learning rate, a point per run of the first "
+    "seed; a cross at the bottom is a run that diverged. The highest point of a line is the rate chosen for "
+    "that method; where it is the last on either side, a better rate may lie beyond.",
+}
+
+
+def figures(result: Mapping[str, Any]) -> list[Drawing]:
+    drawn = []
+    for label, part in result["parts"].items():
+        for kind in (TUNED, GIVEN):
+            if kind in part["sets"]:
+                rows = where(part["sets"][kind], control=False)
+                end = "" if kind == TUNED or TUNED not in part["sets"] else "-given-rate"
+                rate = "each method at its chosen rate" if kind == TUNED else f"all methods at rate {rows[0]['rate']:g}"
+                form, draw = ("ends", _ends) if len(rows) > CROWD else ("curves", _curves)
+                caption = f"{label}, {rate}: {CAPTIONS[form]}"
+                drawn.append(Drawing(f"{folder_name(label)}{end}-{form}", partial(draw, rows), caption))
+        rows = next(iter(part["sets"].values()))
+        if any(row["sweep"] for row in rows):
+            name = f"{folder_name(label)}-rates"
+            drawn.append(Drawing(name, partial(_rates, rows), f"{label}: {CAPTIONS['rates']}"))
+    return drawn
+
+
+def curve(row: Mapping[str, Any], look: drawing.Style, key: str, times: float = 1.0) -> drawing.Curve:
+    """The line of a row: a measure of its runs after each epoch."""
+    lines = [[{"step": n, "x": x and times * x} for n, x in enumerate(run["curve"][key], 1)] for run in row["runs"]]
+    return drawing.Curve(row["name"], look.light, lines, {"linestyle": look.line})
+
+
+def _curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    figure, axes = drawing.panels(2, drawing.FULL, 2.6)
+    looks = drawing.styles([row["name"] for row in rows], rows[0]["name"])
+    found = []
+    for axis, (key, times, words) in zip(axes, PANELS, strict=True):
+        lines = [curve(row, look, key, times) for row, look in zip(rows, looks, strict=True)]
+        found.append(drawing.along(axis, lines, lambda point: point["x"], "epoch"))
+        axis.set_ylabel(words)
+    drawing.log(axes[0])
+    # Positions of names need final limits.
+    figure.canvas.draw()
+    for axis, names in zip(axes, found, strict=True):
+        drawing.name_ends(axis, names)
+    return figure
+
+
+def _ends(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    figure, axes = drawing.panels(2, drawing.FULL, 0.6 + 0.17 * len(rows), sharey=True)
+    for axis, (key, times, words) in zip(axes, PANELS, strict=True):
+        for y, row in enumerate(rows):
+            values = [times * run["curve"][key][-1] for run in row["runs"] if run["status"] == OK]
+            drawing.dots(axis, y, values, drawing.COLOURS[0] if y else drawing.GREY)
+            if values and not y:
+                axis.axvline(mean(values) or 0.0, color=drawing.FAINT, linewidth=0.8)
+        axis.set_xlabel(words)
+        drawing.rows_of(axis, [drawing.plain(row["name"]) for row in rows])
+    return figure
+
+
+def _rates(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    rows = [row for row in rows if row["sweep"]]
+    figure, (axis,) = drawing.panels(1, drawing.FULL * 0.62, 2.6)
+    names = []
+    for row, look in zip(rows, drawing.styles([row["name"] for row in rows], rows[0]["name"]), strict=True):
+        good = {run["rate"]: [100 * run["score"]] for run in row["sweep"] if scored(run)}
+        names += drawing.across(
+            axis, row["name"], look.light, good, marker=look.marker, linestyle=look.line, markersize=4
+        )
+        lost = [run["rate"] for run in row["sweep"] if run["status"] != OK]
+        axis.plot(lost, [0.03] * len(lost), "x", color=look.light, transform=axis.get_xaxis_transform())
+    tried = sorted({run["rate"] for row in rows for run in row["sweep"]})
+    ticks = tried[:1]
+    for rate in tried:
+        ticks += [rate] if rate > ticks[-1] * (tried[-1] / tried[0]) ** 0.12 else []  # as much room as a number needs
+    drawing.marked(axis, ticks)
+    axis.set(xlabel="learning rate", ylabel=drawing.plain("validation Top-1 in %"))
+    figure.canvas.draw()
+    drawing.name_ends(axis, names)
+    return figure

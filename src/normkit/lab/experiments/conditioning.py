@@ -14,8 +14,6 @@ Ours: digits averaged to 4x4, two hidden layers of 12 units with tanh, 256 image
 training and 60 steps in the search; a loss below nine tenths of guessing has learned. An epoch of ``--epochs`` is a step.
 """
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import geometric_mean
@@ -32,15 +30,13 @@ from normkit.catalogue.methods import method
 from normkit.diagnostics.conditioning import weight_conditions
 from normkit.diagnostics.curvature import hessian
 from normkit.lab.experiment import Bench, Experiment, Table
-from normkit.lab.experiments import rates, runs
+from normkit.lab.experiments import runs
 from normkit.lab.models.rows import unit_rows
-from normkit.lab.report.bands import Curve, along
-from normkit.lab.report.canvas import FULL, log
-from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
+from normkit.lab.report.drawing import COLOURS, FULL, GREY, SEEDS, Curve, along, log, name_ends
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import Interval, Row, differences, known, mean, spread, tell, where
-from normkit.lab.train.images import load
-from normkit.lab.train.walk import OK, Diverged, walk
+from normkit.lab.train.images import OK, load, walk
+from normkit.lab.train.images import descend as step_down
 from normkit.surgery.recipe import apply_recipe
 
 BASES = {"none": "plain", "bn": "BatchNorm"}
@@ -65,8 +61,6 @@ COLUMNS = {"raw": "κ raw", "used": "κ effective", "rows": "row norms", "larges
 
 @dataclass(frozen=True)
 class Descent:
-    """One descent: measured along the way at the usual rate, or short at some rate to see whether it learns."""
-
     base: str
     form: str
     rate: float
@@ -77,7 +71,6 @@ class Descent:
 
     @property
     def path(self) -> str:
-        """The folder."""
         kind, recipe = "along" if self.measured else "rates", f"{self.base}{self.form and '+'}{self.form}"
         return f"{kind}/{recipe}/rate={self.rate:g}/seed={self.seed}"
 
@@ -94,11 +87,7 @@ class Temperature(nn.Module):
 
 
 def make(base: str, form: str, hidden: int) -> nn.Sequential:
-    """A perceptron with three linear layers; its norms use each batch's statistics, so that the loss is a function of it alone.
-
-    >>> sum(p.numel() for p in make("none", "", 12).parameters()), sum(p.numel() for p in make("none", "wn", 12).parameters())
-    (490, 524)
-    """
+    """A perceptron with three linear layers, whose norms use each batch's statistics: the loss is a function of it alone."""
     model = nn.Sequential()
     for number, wide in enumerate((16, hidden), 1):
         model.add_module(f"hidden{number}", nn.Linear(wide, hidden))
@@ -129,14 +118,10 @@ def descend(job: Descent, folder: Path) -> dict[str, Any]:
     optimizer = torch.optim.SGD(model.parameters(), job.rate)
 
     def step(number: int) -> dict[str, Any] | None:
-        optimizer.zero_grad()
         loss = F.cross_entropy(model(x), y)
         looking = job.measured and (number == 1 or number % max(1, job.steps // LOOKS) == 0)
         row = {"loss": loss.item(), **(look(model, x, y) if looking else {})}
-        loss.backward()
-        optimizer.step()
-        if not math.isfinite(row["loss"]):
-            raise Diverged
+        step_down(optimizer, loss)
         return row if looking or number == job.steps else None
 
     walked = walk(folder, job.steps, {"model": model, "optimizer": optimizer}, step, job.seed)
@@ -147,7 +132,8 @@ def descend(job: Descent, folder: Path) -> dict[str, Any]:
 def look(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
     """Geometric means over layers of condition numbers and of the spread of row norms, and the Hessian's extreme eigenvalues."""
     found = weight_conditions(model).values()
-    lengths = [norms.max() / norms.min() for norms in (weight.norm(dim=1) for weight in weights(model))]
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    lengths = [norms.max() / norms.min() for norms in (layer.weight.detach().norm(dim=1) for layer in layers)]
     # Row-equilibrated directions leave the loss as it is: eigenvalues of zero are among them.
     values = torch.linalg.eigvalsh(hessian(model, F.cross_entropy, [(x, y)]))
     raw, used = (geometric_mean([pair[k] for pair in found]) for k in (0, 1))
@@ -155,13 +141,7 @@ def look(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
     return {"raw": raw, "used": used, "rows": geometric_mean([length.item() for length in lengths]), **extremes}
 
 
-def weights(model: nn.Module) -> Iterator[Tensor]:
-    """The weights that the layers compute with."""
-    return (layer.weight.detach() for layer in model.modules() if isinstance(layer, nn.Linear))
-
-
 def run(bench: Bench) -> dict[str, Any]:
-    """Descends in every form, measured, and at every rate."""
     steps = bench.epochs or STEPS[bench.scale]
     tried, hidden = (RATES, HIDDEN) if bench.scale != "tiny" else ((0.3, 1e30), 3)
     short = min(SHORT, steps)
@@ -197,17 +177,16 @@ def at(result: dict[str, Any], base: str, form: str, key: str, place: int = -1) 
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """What the search found, the loss at every rate, and measures at the start and at the end."""
     short, found = result["short"], []
     for base, name in BASES.items():
         rows: list[list[Any]] = []
         losses = []
         for form, title in FORMS.items():
-            large = rates.largest(short_runs(result, base, form))
+            large = runs.largest(short_runs(result, base, form))
             change = tell(against(result, base, form)) if form else None
             lowest = spread(best(result, base, form), ".2f")
             rows.append([title, f"{min(large):g} to {max(large):g}", lowest, change])
-            losses.append([title, *rates.losses(short_runs(result, base, form))])
+            losses.append([title, *runs.losses(short_runs(result, base, form))])
         columns = ("form", "largest rates", "lowest loss", "minus no E [95 %]")
         notes = [
             f"Largest: the largest rate that learned in {short} steps, from the lowest seed to the highest. Lowest loss: "
@@ -233,7 +212,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """How many seeds show each part of the claim, and which control shows the same."""
     said = []
     for base, name in BASES.items():
         parts = []
@@ -241,7 +219,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
             pairs = zip(at(result, base, "e", key), at(result, base, "", key), strict=True)
             both = [(ours, other) for ours, other in pairs if ours is not None and other is not None]
             parts.append(f"{title} at the end in {sum(a < b for a, b in both)} of {len(both)} seeds")
-        large = {form: rates.largest(short_runs(result, base, form)) for form in FORMS}
+        large = {form: runs.largest(short_runs(result, base, form)) for form in FORMS}
         parts.append(f"larger rates in {larger(large['e'], large[''])}")
         said.append(f"Of the claim, with E on all layers ({name}): {', '.join(parts)}.")
         told = [f"{title} {larger(large[form], large[''])}" for form, title in FORMS.items() if form]
@@ -282,7 +260,7 @@ def _figure(result: dict[str, Any]) -> Figure:
             curves = [Curve(FORMS[form], HUES[form], [run["rows"] for run in some]) for form, some in found.items()]
             along(axis, curves, lambda row, key=key: row.get(key))
             log(axis)
-        ends = rates.draw(axes[2], {FORMS[f]: (HUES[f], short_runs(result, base, f)) for f in FORMS})
+        ends = runs.draw_rates(axes[2], {FORMS[f]: (HUES[f], short_runs(result, base, f)) for f in FORMS})
         log(axes[2])
         name_ends(axes[2], ends, gap=0.075)
         for axis, title in zip(axes, titles, strict=True):

@@ -26,20 +26,17 @@ from normkit.lab.data.split import Data, Split
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments.classification import PAPER
 from normkit.lab.experiments.runs import drawings, drawn
-from normkit.lab.models.densenet import densenet
-from normkit.lab.models.inception import inception8
+from normkit.lab.models.convolutional import densenet, inception8
 from normkit.lab.models.nerf import RadianceField
 from normkit.lab.models.vit import vit_s, vit_tiny
-from normkit.lab.report.bands import rows_of
-from normkit.lab.report.canvas import FULL, INK
-from normkit.lab.report.drawing import COLOURS, GREY
+from normkit.lab.report.drawing import COLOURS, FULL, GREY, INK, rows_of
 from normkit.lab.report.tables import tell_ratio
 from normkit.lab.say import counted
 from normkit.lab.seeding import reseed
 from normkit.lab.settings import Settings
 from normkit.lab.sweep import Work
 from normkit.lab.train.cost import Step, measure_costs, measure_steps
-from normkit.lab.train.fabric import start_fabric
+from normkit.lab.train.parallel import start_fabric
 from normkit.surgery.fold import fold
 from normkit.surgery.recipe import apply_recipe
 
@@ -71,8 +68,6 @@ class Network:
 
 @dataclass(frozen=True)
 class Measure(Work, path="{0.network}"):
-    """Measures a network's rows."""
-
     network: str
     scale: str
     batch: int
@@ -159,7 +154,6 @@ def _call(model: nn.Module, inputs: Any) -> Step:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Measures what is missing; one network after the other, as two at once would slow one another."""
     names = ["nerf"] if bench.scale == "tiny" else list(NETWORKS)  # the one whose steps are shortest
     jobs = [Measure(name, bench.scale, NETWORKS[name].batch.get(bench.scale, 64)) for name in names]
     found = {}
@@ -172,7 +166,6 @@ def run(bench: Bench) -> dict[str, Any]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Milliseconds and megabytes of a step, and inference, per network."""
     found = []
     for name, rows in result["networks"].items():
         base = next(iter(rows))
@@ -194,7 +187,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What E costs, against the goal of 2 % and the paper's sentence."""
     said = []
     for name, rows in result["networks"].items():
         base, *others = rows

@@ -19,13 +19,12 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from normkit.catalogue.methods import METHODS, method
+from normkit.lab.bench import speed
 from normkit.lab.bench.race import race
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments.runs import drawings, drawn, labelled, side
 from normkit.lab.memory import peak_bytes
-from normkit.lab.report.bands import marked, rows_of
-from normkit.lab.report.canvas import FAINT, FULL, INK
-from normkit.lab.report.drawing import COLOURS, GREY
+from normkit.lab.report.drawing import COLOURS, FAINT, FULL, GREY, INK, marked, rows_of
 from normkit.lab.say import counted
 from normkit.lab.stats import known, mean, paired_interval, spread
 from normkit.lab.sweep import Work
@@ -39,21 +38,14 @@ LEFT_OUT = (
     *("layer_norm_rnn", "layer_norm_lstm", "layer_norm_gru"),
 )
 COPY = "copy"
-TORCH: dict[str, dict[str, Callable[[int], nn.Module]]] = {
-    "images": {
-        "batch_norm": nn.BatchNorm2d,
-        "group_norm": lambda channels: nn.GroupNorm(32, channels),
-        "instance_norm": lambda channels: nn.InstanceNorm2d(channels, affine=True),
-        "local_response_norm": lambda channels: nn.LocalResponseNorm(5),
-    },
-    "tokens": {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm},
+TORCH = {
+    "images": ("batch_norm", "group_norm", "instance_norm", "local_response_norm"),
+    "tokens": ("layer_norm", "rms_norm"),
 }
 
 
 @dataclass(frozen=True)
 class Measurement(Work, path="{0.kind}/seed={0.seed}"):
-    """One repetition of all layers of a kind."""
-
     kind: str
     shape: tuple[int, ...]
     rounds: int
@@ -61,11 +53,7 @@ class Measurement(Work, path="{0.kind}/seed={0.seed}"):
 
 
 def names(kind: str) -> list[str]:
-    """The catalogue's layers for images or for tokens.
-
-    >>> "rms_norm" in names("tokens"), "rms_norm" in names("images")
-    (True, False)
-    """
+    """The catalogue's layers for images or for tokens."""
     layout = "n c *" if kind == "images" else "* d"
     cards = (card for card in METHODS if card.kind == "activation" and card.layout == layout)
     return [card.name for card in cards if card.name not in LEFT_OUT]
@@ -105,15 +93,14 @@ def measure(job: Measurement, folder: Path) -> dict[str, Any]:
     for name in names(job.kind):
         extra = method(name).extra
         steps[name] = step(make(name, job.kind, channels), x, extra(x) if extra else ())
-    for name, torchs in TORCH[job.kind].items():
-        steps[f"torch {name}"] = step(torchs(channels), x)
+    for name in TORCH[job.kind]:
+        steps[f"torch {name}"] = step(speed.TORCH[name](channels), x)
     seconds = race(steps, job.rounds)
     megabytes = {name: peak_bytes(run, x.device) / 1e6 for name, run in steps.items()}
     return {"ms": {name: 1e3 * value for name, value in seconds.items()}, "mb": megabytes}
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Measures both kinds, once per seed; one job after the other, as two at once would slow one another."""
     rounds = bench.epochs or ROUNDS[bench.scale]
     taken = TINY if bench.scale == "tiny" else SHAPES
     jobs = [Measurement(kind, shape, rounds, seed) for seed in bench.seeds for kind, shape in taken.items()]
@@ -135,7 +122,6 @@ def ordered(result: dict[str, Any], kind: str) -> list[str]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Costs of every layer, the cheapest first."""
     found = []
     threads = counted(result["threads"], "thread")
     note = (
@@ -157,7 +143,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What the sources say of costs, and what was measured."""
     said = []
     for kind, cheap, dear in (("tokens", "rms_norm", "layer_norm"), ("images", "group_norm", "batch_norm")):
         found = paired_interval(known(ratios(result, kind, cheap, dear)))

@@ -18,20 +18,20 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
-from normkit.activations.batch_group_norm import CARD
+from normkit.activations.batch_group_norm import CARD, BatchGroupNorm
+from normkit.activations.batch_norm import BatchNorm
+from normkit.activations.batch_renorm import BatchRenorm, RenormSchedule
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments import runs
 from normkit.lab.experiments.batch_size import BASE, RATE, norm
 from normkit.lab.experiments.runs import CHANCE, drawn, points
-from normkit.lab.jobs.ranges import ranges, responses
-from normkit.lab.report.bands import across, dots, key, rows_of
-from normkit.lab.report.canvas import DOTTED, FAINT, INK, log
-from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
+from normkit.lab.models.small_cnn import SmallCNN
+from normkit.lab.report import drawing
+from normkit.lab.report.drawing import key
 from normkit.lab.stats import Row, differences, known, spread, where
-from normkit.lab.train.images import Size, Stream, accuracy, fit
-from normkit.lab.train.walk import OK
+from normkit.lab.train.images import OK, Size, Stream, accuracy, fit
 from normkit.surgery.example_weighing import choose_alpha, weigh_examples
 from normkit.surgery.recalibrate import recalibrate
 
@@ -51,8 +51,13 @@ RANGES = {
     "eval": "evaluation",
     "eval strong": "evaluation, strong",
 }
-HUES = {"bn": GREY, "brn": COLOURS[0]}
-KINDS = {"batch": GREY, "running": COLOURS[1], "weighing": COLOURS[2], "renorm": COLOURS[0]}
+HUES = {"bn": drawing.GREY, "brn": drawing.COLOURS[0]}
+KINDS = {
+    "batch": drawing.GREY,
+    "running": drawing.COLOURS[1],
+    "weighing": drawing.COLOURS[2],
+    "renorm": drawing.COLOURS[0],
+}
 BATCHES = {"tiny": (4, 8), "small": (4, 32), "full": (4, 32)}
 HIDDEN = 64
 JUDGED = 1024  # training images on which statistics are re-estimated
@@ -60,8 +65,6 @@ JUDGED = 1024  # training images on which statistics are re-estimated
 
 @dataclass(frozen=True)
 class Training(Size, path="{0.method}/{0.order}/batch={0.batch}/seed={0.seed}"):
-    """One training."""
-
     method: str
     order: str
     batch: int
@@ -102,11 +105,7 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
 
 
 def sorted_order(labels: Tensor, batch: int, seed: int, epoch: int) -> Tensor:
-    """Rows in blocks of half a batch, each of one class; blocks come at random, two make a batch.
-
-    >>> sorted_order(torch.tensor([0, 1] * 4), 4, seed=0, epoch=1).remainder(2).view(4, 2).tolist()
-    [[1, 1], [0, 0], [0, 0], [1, 1]]
-    """
+    """Rows in blocks of half a batch, each of one class; blocks come at random, two make a batch."""
     generator = torch.Generator().manual_seed(1000 * seed + epoch)
     half = batch // 2
     blocks = []
@@ -118,7 +117,6 @@ def sorted_order(labels: Tensor, batch: int, seed: int, epoch: int) -> Tensor:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Trains both methods in both orders and batch sizes with every seed."""
     size, batches = runs.size_of(bench, 3), BATCHES[bench.scale]
     done = runs.grid(bench, train, Training, {"method": METHODS, "order": ORDERS, "batch": batches}, **size)
     return {"runs": done, "responses": responses(), "batches": list(batches), **size, **runs.source_of(size, bench)}
@@ -136,7 +134,6 @@ def layers_of(result: dict[str, Any], batch: int) -> list[tuple[Row, ...]]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Accuracies by what is normalized with, and ranges of normalized values."""
     places = [(order, batch) for order in ORDERS for batch in result["batches"]]
     columns = ("evaluated with", *(f"{ORDERS[order]}, batch {batch}" for order, batch in places))
     rows: list[list[Any]] = []
@@ -162,7 +159,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What each part of the claim comes to."""
     said = []
     names = {"batch": "those of shuffled test batches", "precise": "precise statistics", "weighed": "example weighing"}
     for order, words in ORDERS.items():
@@ -207,9 +203,11 @@ def _accuracies(result: dict[str, Any]) -> Figure:
     for axis, (order, batch) in zip(axes, places, strict=True):
         for y, way in enumerate(WAYS):
             for shift, (method, hue) in zip((-0.15, 0.15), HUES.items(), strict=True):
-                dots(axis, y + shift, [100 * score for score in known(scores(result, method, way, order, batch))], hue)
+                drawing.dots(
+                    axis, y + shift, [100 * score for score in known(scores(result, method, way, order, batch))], hue
+                )
         axis.set_xlabel("test accuracy, %")
-        rows_of(axis, list(WAYS.values()))
+        drawing.rows_of(axis, list(WAYS.values()))
     handles = [key(hue, marker="|", markersize=9, markeredgewidth=1.8, linestyle="") for hue in HUES.values()]
     figure.legend(handles, list(METHODS.values()), loc="outside upper left", ncols=2)
     return figure
@@ -218,21 +216,21 @@ def _accuracies(result: dict[str, Any]) -> Figure:
 @drawn(
     "alpha",
     "Test accuracy of batch normalization that mixes a part α of the test example's own statistics into the running "
-    f"ones, by how training batches were put together; {SEEDS}. Look for a maximum to the right of α = 0, where running "
+    f"ones, by how training batches were put together; {drawing.SEEDS}. Look for a maximum to the right of α = 0, where running "
     "statistics stand alone; marks at the bottom are the α chosen on held-out images, one per seed.",
 )
 def _alphas(result: dict[str, Any]) -> Figure:
     figure, axes = runs.titled(2.5, *(f"{words} in training" for words in ORDERS.values()), sharey=True)
     for axis, order in zip(axes, ORDERS, strict=True):
         ends = []
-        for batch, hue in zip(result["batches"], (COLOURS[1], COLOURS[0]), strict=False):
+        for batch, hue in zip(result["batches"], (drawing.COLOURS[1], drawing.COLOURS[0]), strict=False):
             own = [run for run in where(result["runs"], method="bn", order=order, batch=batch) if run["alphas"]]
             found: dict[float, list[float]] = {}
             for run in own:
                 axis.axvline(run["alphas"]["chosen"], ymax=0.04, color=hue, linewidth=1.4)
                 for alpha, score in run["alphas"]["test"]:
                     found.setdefault(alpha, []).append(100 * score)
-            ends += across(axis, f"batch {batch}", hue, found)
+            ends += drawing.across(axis, f"batch {batch}", hue, found)
         axis.set_xscale("symlog", linthresh=1e-3, linscale=0.5)
         ticks = (0, 1e-3, 1e-2, 1e-1, 1)
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -240,9 +238,9 @@ def _alphas(result: dict[str, Any]) -> Figure:
         # Its own margin would be as wide below 0 as three decades.
         axis.set_xlim(-2e-4, 1.2)
         axis.set_xlabel("α, weight of the example's own statistics")
-        name_ends(axis, ends)
+        drawing.name_ends(axis, ends)
     axes[0].set_ylabel("test accuracy, %")
-    mark = key(FAINT, linewidth=1.4, marker="|", linestyle="", markersize=7)
+    mark = key(drawing.FAINT, linewidth=1.4, marker="|", linestyle="", markersize=7)
     figure.legend([mark], ["chosen on held-out images, a mark per seed"], loc="outside upper left")
     return figure
 
@@ -263,12 +261,15 @@ def _ranges(result: dict[str, Any]) -> Figure:
         values = found["weighed" if kind == "weighing" else kind]
         axes[0].plot(found["input"], values, color=hue)
         ends.append((values[-1], kind, hue))
-    limit: dict[str, Any] = {"color": INK, "linestyle": DOTTED, "linewidth": 0.9}
+    limit: dict[str, Any] = {"color": drawing.INK, "linestyle": drawing.DOTTED, "linewidth": 0.9}
     axes[0].axhline(math.sqrt(7), **limit)
     axes[0].set(xscale="log", yscale="log", xlabel="one value of eight", ylabel="what it becomes")
     axes[0].set_xlim(found["input"][0], found["input"][-1])
-    name_ends(axes[0], ends)
-    looks = {way: (GREY if "train" in way else COLOURS[1], "^" if "strong" in way else "o") for way in [*RANGES][1:]}
+    drawing.name_ends(axes[0], ends)
+    looks = {
+        way: (drawing.GREY if "train" in way else drawing.COLOURS[1], "^" if "strong" in way else "o")
+        for way in [*RANGES][1:]
+    }
     for axis, batch in zip(axes[1:], result["batches"], strict=True):
         seeds = layers_of(result, batch)
         layers = range(1, len(seeds) + 1)
@@ -276,13 +277,85 @@ def _ranges(result: dict[str, Any]) -> Figure:
             largest = [max(layer[way] for layer in some) for some in seeds]
             axis.plot(layers, largest, color=hue, marker=shape, markersize=3.5, linestyle="" if shape == "^" else "-")
         axis.plot(layers, [some[0]["bound"] for some in seeds], **limit)
-        log(axis)
+        drawing.log(axis)
         axis.set_xlabel("norm")
         axis.set_xticks(layers)
     handles = [key(hue, marker=shape, markersize=3.5, linestyle="") for hue, shape in looks.values()]
     labels = ["training", "training, one image ten times as strong", "evaluation", "evaluation, strong", "√(n − 1)"]
-    figure.legend([*handles, key(INK, linestyle=DOTTED)], labels, loc="outside upper left", ncols=5, columnspacing=1.0)
+    figure.legend(
+        [*handles, key(drawing.INK, linestyle=drawing.DOTTED)],
+        labels,
+        loc="outside upper left",
+        ncols=5,
+        columnspacing=1.0,
+    )
     return figure
+
+
+STRONG = 10.0  # what one image of a batch is multiplied by
+OUTLIERS = [2.0 ** (power / 2) for power in range(-4, 15)]
+RESPONSES = 8  # values per channel in the table of what one value becomes
+
+
+@torch.no_grad()
+def ranges(model: SmallCNN, x: Tensor, batch: int) -> list[dict[str, float]]:
+    """For each batch normalization the bound sqrt(n - 1) and the largest normalized values met, before weight and bias."""
+    # "train" is normalized by each batch's own statistics, "eval" by the running ones; "strong" is the first image of each batch.
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    found: list[dict[str, float]] = [{} for _ in layers]
+    x = x[: len(x) // batch * batch]
+    strong = x.clone()
+    strong[::batch] *= STRONG
+
+    def see(place: int, key: str, layer: nn.modules.batchnorm._BatchNorm, inputs: tuple[Tensor, ...]) -> None:
+        values = inputs[0].transpose(0, 1).flatten(1)
+        normal = normalized(values) if layer.training else against(values, layer)
+        found[place]["bound"] = math.sqrt(batch * inputs[0][0, 0].numel() - 1)
+        found[place][key] = max(found[place].get(key, 0.0), normal.abs().max().item())
+
+    for mode in ("train", "eval"):
+        for suffix, images in (("", x), (" strong", strong)):
+            hooks = [
+                layer.register_forward_pre_hook(partial(see, place, mode + suffix))
+                for place, layer in enumerate(layers)
+            ]
+            model.train(mode == "train")
+            for part in images.split(batch):
+                model(part)
+            for hook in hooks:
+                hook.remove()
+    return found
+
+
+def normalized(values: Tensor) -> Tensor:
+    """Values (channels, n) minus their mean, over their deviation: none exceeds sqrt(n - 1), which one value alone attains."""
+    centred = values - values.mean(1, keepdim=True)
+    return centred / centred.square().mean(1, keepdim=True).add(1e-30).sqrt()
+
+
+def against(values: Tensor, layer: nn.modules.batchnorm._BatchNorm) -> Tensor:
+    """Values (channels, n) normalized by a layer's running statistics."""
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return (values - layer.running_mean[:, None]) / (layer.running_var[:, None] + layer.eps).sqrt()
+
+
+def responses() -> dict[str, list[float]]:
+    """What one value out of eight becomes as it grows, the other seven standard normal in sum, by each kind of statistics."""
+    others = normalized(torch.randn(1, RESPONSES - 1, generator=torch.Generator().manual_seed(0)))
+    layers: dict[str, nn.Module] = {
+        "batch": BatchNorm(1),
+        "running": BatchNorm(1).eval(),
+        "weighed": BatchGroupNorm(1, alpha=0.1).eval(),
+        "renorm": BatchRenorm(1, schedule=RenormSchedule.constant(r_max=3, d_max=5)),
+    }
+    found: dict[str, list[float]] = {"input": OUTLIERS, **{name: [] for name in layers}}
+    for value in OUTLIERS:
+        column = torch.cat([torch.tensor([[value]]), others], dim=1).T
+        for name, layer in layers.items():
+            fresh = copy.deepcopy(layer)  # a training step moves running statistics
+            found[name].append(fresh(column)[0].item())
+    return found
 
 
 EXPERIMENT = Experiment(

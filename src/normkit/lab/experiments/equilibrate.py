@@ -32,15 +32,11 @@ from normkit.gradients.muon import CARD
 from normkit.lab import record
 from normkit.lab.experiment import Experiment, Table
 from normkit.lab.experiments import classification, vit_s
-from normkit.lab.experiments.classification import TUNED, Plan, Row, early, study
-from normkit.lab.experiments.classification_drawing import curve
-from normkit.lab.experiments.classification_drawing import figures as curves_of
+from normkit.lab.experiments.classification import TUNED, Plan, Row, curve, early, study
+from normkit.lab.experiments.classification import figures as curves_of
 from normkit.lab.experiments.runs import drawn
 from normkit.lab.models.vit import VisionTransformer
-from normkit.lab.report.bands import along
-from normkit.lab.report.canvas import FULL, log
-from normkit.lab.report.drawing import SEEDS, name_ends
-from normkit.lab.report.palette import styles
+from normkit.lab.report.drawing import FULL, SEEDS, along, log, name_ends, styles
 from normkit.lab.stats import BETTER, WORSE, gain, judge_runs, spread, tell, where
 from normkit.lab.train.learning import Training, layer_weights, learn
 from normkit.lab.train.trainer import METRICS, METRICS_FILE, Trainer
@@ -141,7 +137,6 @@ def pairs(first: str) -> list[tuple[str, str]]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Scores, controls and rates, the differences that answer the question, and condition numbers."""
     found = classification.tables(result)
     for label, part in result["parts"].items():
         runs = {row["name"]: row["runs"] for row in part["sets"][TUNED]}
@@ -178,7 +173,6 @@ def at(run: Mapping[str, Any], kind: str, place: int) -> float | None:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """The answer for each network, what its controls say, and how small all this is."""
     said = []
     for label, part in result["parts"].items():
         runs = {row["name"]: row["runs"] for row in part["sets"][TUNED]}

@@ -14,8 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from normkit.lab.experiment import Experiment
-from normkit.lab.experiments.classification import PAPER, Plan, Row, early, study, tables, verdicts
-from normkit.lab.experiments.classification_drawing import figures
+from normkit.lab.experiments.classification import PAPER, Plan, Row, early, figures, study, tables, verdicts
 from normkit.lab.stats import known
 from normkit.lab.train.learning import Training
 
@@ -47,7 +46,6 @@ def plans(scale: str) -> list[Plan]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What is seen, and what the text says."""
     narrow = early(result, " of narrow networks; differences are those of early training.")
     said = [*verdicts(result), *REMARKS, *narrow]
     if narrow:

@@ -20,13 +20,10 @@ from normkit.activations.batch_norm import CARD
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments import runs
 from normkit.lab.experiments.runs import CHANCE, drawn, side
-from normkit.lab.models.noisy_norm import MAKERS, Shift
-from normkit.lab.report.bands import marked, rows_of
-from normkit.lab.report.canvas import FAINT
-from normkit.lab.report.drawing import COLOURS, GREY, SHAPES, name_ends
+from normkit.lab.models.small_cnn import MAKERS, Shift
+from normkit.lab.report.drawing import COLOURS, FAINT, GREY, SHAPES, marked, name_ends, rows_of
 from normkit.lab.stats import differences, known, mean, spread, tell, where
-from normkit.lab.train.images import Size, Stream, accuracy, fit
-from normkit.lab.train.walk import OK
+from normkit.lab.train.images import OK, Size, Stream, accuracy, fit
 from normkit.surgery.recipe import apply_recipe
 
 METHODS = {
@@ -50,8 +47,6 @@ RECIPES = {"gn+ws": "keep+ws", "wn": "keep+wn", "e": "keep+e@all"}
 
 @dataclass(frozen=True)
 class Training(Size, path="{0.method}/scale={0.scale:g}/rate={0.rate:g}/seed={0.seed}"):
-    """One training."""
-
     method: str
     rate: float
     scale: float
@@ -76,7 +71,6 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Finds each norm's rate with the first seed, then trains with it at every scale of inputs and with every seed."""
     size = runs.size_of(bench, 4)
     rates = RATES if bench.scale != "tiny" else (0.1, 1e30)  # one that learns and one that diverges
     tried = [Training(method, rate, 1.0, bench.seeds[0], **size) for method in METHODS for rate in rates]
@@ -89,11 +83,7 @@ def run(bench: Bench) -> dict[str, Any]:
 
 
 def best(sweep: Sequence[Mapping[str, Any]]) -> float:
-    """The rate with the highest accuracy on held-out images; a run that diverged has none.
-
-    >>> best([{"rate": 0.1, "val": 0.3}, {"rate": 0.5, "val": None}])
-    0.1
-    """
+    """The rate with the highest accuracy on held-out images; a run that diverged has none."""
     return max(sweep, key=lambda run: -1.0 if run["val"] is None else run["val"])["rate"]
 
 
@@ -123,7 +113,6 @@ def counted(result: dict[str, Any], method: str, key: str, scale: float = 1.0) -
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """The four benefits, norm by norm."""
     rows, rates = [], []
     for method, name in METHODS.items():
         tests = (spread(values(result, method, "test", scale), ".1f", 100) for scale in SCALES)
@@ -146,7 +135,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What was seen of each of the four claims, against the network without a norm."""
     reached, trained = [], []
     for method, name in METHODS.items():
         found = values(result, method, "steps")
@@ -170,10 +158,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
 def verdict(
     result: dict[str, Any], key: str, times: float, first: str, second: str, *, higher_first: bool = False
 ) -> str:
-    """Norms in groups: those whose interval against no norm is on one side of 0, on the other, and those it does not tell apart.
-
-    The first group is of norms below none, or above where `higher_first`; differences are multiplied by `times`.
-    """
+    """Norms in groups by the interval of their differences from no norm, times `times`: below 0, above, and not told apart."""
     unsure, alone = "not told apart", "one seed alone, without an interval"
     groups: dict[str, list[str]] = {first: [], second: [], unsure: [], alone: []}
     below, above = (second, first) if higher_first else (first, second)

@@ -9,14 +9,11 @@ Ours: decoupled weight decay of 0.01 in all rows, which leaves out gains and bia
 of channels, of 2 examples; batches of 64 and of 8. At small scale 1,500 images at half the resolution are learned for 3 epochs.
 """
 
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import nn
 
 from normkit.activations.batch_group_norm import CARD, BatchGroupNorm
-from normkit.lab.experiments.small_table import Plan, Training, learn
+from normkit.lab.experiments.small_table import Plan, Training
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.train.images import Images, accuracy
 from normkit.surgery.example_weighing import choose_alpha
@@ -41,11 +38,7 @@ RATES = {MEDIUM: (0.03, 0.1, 0.3), SMALL: (0.01, 0.03)}
 
 def make(row: str, **size: int) -> nn.Module:
     """Makes a row's network; its norms take statistics over the groups of the row."""
-    kinds: dict[str, tuple[int | None, int | None]] = {
-        "bn": (None, None),
-        "ghost": (None, GHOST),
-        "group": (GROUPS, EXAMPLES),
-    }
+    kinds = {"bn": (None, None), "ghost": (None, GHOST), "group": (GROUPS, EXAMPLES)}
     groups, examples = kinds[row.partition("+")[0]]
     return SmallCNN(lambda channels: BatchGroupNorm(channels, groups, examples, momentum=0.1), **size)
 
@@ -69,12 +62,8 @@ def settle(model: nn.Module, job: Training, held_out: Images) -> None:
         choose_alpha(model, lambda model: accuracy(model, held_out))
 
 
-def train(job: Training, folder: Path) -> dict[str, Any]:
-    """Trains a row and evaluates it."""
-    return learn(job, folder, make, decay, settle)
-
-
-EXPERIMENT = Plan(train, ROWS, RATES, 3, [(row, "bn") for row in TITLES if row != "bn"], ABOUT).experiment(
+PLAN = Plan(make, ROWS, RATES, 3, [(row, "bn") for row in TITLES if row != "bn"], ABOUT, decay, settle)
+EXPERIMENT = PLAN.experiment(
     "four-improvements",
     "Four improvements of batch normalization",
     "Batch normalization improves by weighing in the example at inference, by ghost batches, by decay of its gains and biases, "

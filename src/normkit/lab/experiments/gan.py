@@ -19,25 +19,26 @@ from matplotlib.figure import Figure
 from normkit.catalogue.methods import method
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments.runs import diverged, drawings, drawn, grid, titled
-from normkit.lab.jobs.adversarial import FOLLOWED, Game, play
-from normkit.lab.jobs.spectra import TOLERANCE, stable_rank
-from normkit.lab.models.gan import centres
-from normkit.lab.report.bands import Curve, along, key
-from normkit.lab.report.canvas import DOTTED, FAINT, FULL, INK, panels
-from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
+from normkit.lab.jobs.adversarial import FOLLOWED, TOLERANCE, Game, centres, play, stable_rank
+from normkit.lab.report import drawing
 from normkit.lab.say import counted
 from normkit.lab.stats import Row, by_step, known, mean, spread, where
-from normkit.lab.train.walk import OK
+from normkit.lab.train.images import OK
 
 KINDS = {"none": "nothing", "clip": "clipping", "wn": "weight norm", "sn": "spectral norm", "hard": "reassignment"}
-HUES = dict(zip(KINDS, (GREY, COLOURS[4], COLOURS[3], COLOURS[0], COLOURS[1]), strict=True))
+HUES = dict(
+    zip(
+        KINDS,
+        (drawing.GREY, drawing.COLOURS[4], drawing.COLOURS[3], drawing.COLOURS[0], drawing.COLOURS[1]),
+        strict=True,
+    )
+)
 LOSSES = {"hinge": "Hinge loss", "wasserstein": "Wasserstein loss"}
 
 STEPS = {"tiny": 3, "small": 1500, "full": 20000}
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Trains every kind with every loss and seed."""
     steps = 100 * bench.epochs if bench.epochs else STEPS[bench.scale]
     runs = grid(bench, play, Game, {"loss": LOSSES, "kind": KINDS}, steps=steps)
     for run in runs:
@@ -47,7 +48,6 @@ def run(bench: Bench) -> dict[str, Any]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """What each constraint bounds, and what comes of it."""
     columns = ("weights", "modes of 8", "near, %", "sigma", "product", "steepest", "stable rank")
     notes = [
         f"After {result['steps']} steps of the generator; mean ± standard deviation over {counted(result['seeds'], 'seed')}.",
@@ -90,7 +90,6 @@ def memory_of(result: dict[str, Any], kind: str, layer: int) -> list[tuple[float
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What each part of the claim comes to."""
     said = []
     for loss, title in LOSSES.items():
         for kind, why in (("sn", " (one power iteration lags behind the weights)"), ("hard", "")):
@@ -143,7 +142,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
     "were found, which have at least a fiftieth of the points within three standard deviations.",
 )
 def _points(result: dict[str, Any]) -> Figure:
-    figure = Figure(figsize=(FULL, 3.15), layout="constrained")
+    figure = Figure(figsize=(drawing.FULL, 3.15), layout="constrained")
     grid = figure.subplots(len(LOSSES), len(KINDS), sharex=True, sharey=True, squeeze=False)
     for row, (loss, title) in enumerate(LOSSES.items()):
         for axis, (kind, name) in zip(grid[row], KINDS.items(), strict=True):
@@ -167,7 +166,7 @@ def _points(result: dict[str, Any]) -> Figure:
             made = np.array(run["points"], dtype=float)
             axis.scatter(made[:, 0], made[:, 1], s=3, color=HUES[kind], alpha=0.35, linewidths=0)
             middle = centres().numpy()
-            axis.scatter(middle[:, 0], middle[:, 1], s=30, facecolors="none", edgecolors=INK, linewidths=0.7)
+            axis.scatter(middle[:, 0], middle[:, 1], s=30, facecolors="none", edgecolors=drawing.INK, linewidths=0.7)
             ground = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
             axis.text(0, 0, f"{run['modes']} of 8", ha="center", va="center", fontsize=7, bbox=ground)
         grid[row][0].set_ylabel(title)
@@ -177,24 +176,29 @@ def _points(result: dict[str, Any]) -> Figure:
 @drawn(
     "lipschitz",
     "Bounds on how fast the discriminator D changes, along training: from above the product of its layers' largest "
-    f"singular values (solid), from below the steepest gradient found (dotted); {SEEDS}. The horizontal line is 1: look "
+    f"singular values (solid), from below the steepest gradient found (dotted); {drawing.SEEDS}. The horizontal line is 1: look "
     "at which solid lines stay there, and how far below each its dotted line runs.",
 )
 def _lipschitz(result: dict[str, Any]) -> Figure:
     figure, axes = titled(2.8, *LOSSES.values(), sharey=True)
     for axis, loss in zip(axes, LOSSES, strict=True):
         rows = {kind: [run["rows"] for run in where(result["runs"], loss=loss, kind=kind)] for kind in KINDS}
-        curves = [Curve(name, HUES[kind], rows[kind]) for kind, name in KINDS.items()]
-        ends = along(axis, curves, lambda row: row["bound"], "steps of the generator")
+        curves = [drawing.Curve(name, HUES[kind], rows[kind]) for kind, name in KINDS.items()]
+        ends = drawing.along(axis, curves, lambda row: row["bound"], "steps of the generator")
         for kind, some in rows.items():
             steps, steepest, *_ = by_step(some, lambda row: row["steepest"])
-            axis.plot(steps, steepest, color=HUES[kind], linestyle=DOTTED, linewidth=1.1)
-        axis.axhline(1, color=INK, linewidth=0.6, zorder=1)
+            axis.plot(steps, steepest, color=HUES[kind], linestyle=drawing.DOTTED, linewidth=1.1)
+        axis.axhline(1, color=drawing.INK, linewidth=0.6, zorder=1)
         axis.set_yscale("log")
-        name_ends(axis, ends)
+        drawing.name_ends(axis, ends)
     axes[0].set_ylabel("change of D per unit of distance")
     labels = ["product of the layers' largest singular values", "steepest gradient found"]
-    figure.legend([key(FAINT), key(FAINT, linestyle=DOTTED)], labels, loc="outside upper left", ncols=2)
+    figure.legend(
+        [drawing.key(drawing.FAINT), drawing.key(drawing.FAINT, linestyle=drawing.DOTTED)],
+        labels,
+        loc="outside upper left",
+        ncols=2,
+    )
     return figure
 
 
@@ -205,21 +209,21 @@ def _lipschitz(result: dict[str, Any]) -> Figure:
     "the fewer directions the layer still passes on.",
 )
 def _singular_values(result: dict[str, Any]) -> Figure:
-    figure, axes = panels(len(KINDS), FULL, 1.9, sharey=True)
+    figure, axes = drawing.panels(len(KINDS), drawing.FULL, 1.9, sharey=True)
     there = [run for run in result["runs"] if run["spectra"]]  # a run that diverged has none
     for axis, (kind, name) in zip(axes, KINDS.items(), strict=True):
         for run in where(there, loss="hinge", kind=kind):
-            for when, colour in (("first", FAINT), ("last", HUES[kind])):
+            for when, colour in (("first", drawing.FAINT), ("last", HUES[kind])):
                 values = run["spectra"][when][1]
                 axis.plot(range(1, len(values) + 1), values, color=colour, linewidth=0.9)
-        axis.axhline(1, color=INK, linewidth=0.6, zorder=1)
+        axis.axhline(1, color=drawing.INK, linewidth=0.6, zorder=1)
         axis.set_title(name, color=HUES[kind])
         axis.set_yscale("log")
         axis.set_xlabel("rank")
     low = min((value for run in there for value in run["spectra"]["last"][1][:-8]), default=0.01)
     axes[0].set_ylim(bottom=max(low, 1e-3))
     axes[0].set_ylabel("singular value, layer 2")
-    for y, word, colour in ((0.16, "before training", FAINT), (0.06, "after", HUES["none"])):
+    for y, word, colour in ((0.16, "before training", drawing.FAINT), (0.06, "after", HUES["none"])):
         axes[0].text(0.05, y, word, color=colour, transform=axes[0].transAxes, fontsize=7)
     return figure
 
@@ -244,9 +248,9 @@ def _memory(result: dict[str, Any]) -> Figure:
                 middle = [max(value, 1e-7) for value in middle]
                 axis.plot(steps, middle, color=HUES[kind], linestyle=style)
                 ends += [(value, f"{KINDS[kind]}, {word}", HUES[kind]) for value in middle[-1:]]
-        along(axis, [], lambda row: None, "steps of the generator")
+        drawing.along(axis, [], lambda row: None, "steps of the generator")
         axis.set_yscale("log")
-        name_ends(axis, ends)
+        drawing.name_ends(axis, ends)
     return figure
 
 

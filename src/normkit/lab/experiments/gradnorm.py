@@ -23,13 +23,11 @@ from normkit.catalogue.methods import method
 from normkit.gradients.grad_norm import GradNorm
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments.runs import drawings, drawn, grid, titled
-from normkit.lab.report.bands import Curve, along
-from normkit.lab.report.canvas import log
-from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
+from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, Curve, along, log, name_ends
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import spread, where
 from normkit.lab.sweep import Work
-from normkit.lab.train.walk import descend, walk
+from normkit.lab.train.images import descend, walk
 
 WAYS = {
     "equal": "equal weights",
@@ -42,8 +40,6 @@ SCALES, STEPS = (1.0, 100.0), {"tiny": 6, "small": 400, "full": 20_000}
 
 @dataclass(frozen=True)
 class Training(Work, path="{0.way}/seed={0.seed}"):
-    """One training."""
-
     way: str
     seed: int
     steps: int
@@ -84,7 +80,6 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Trains in every way."""
     steps = bench.epochs or STEPS[bench.scale]
     return {"runs": grid(bench, train, Training, {"way": WAYS}, steps=steps), "steps": steps}
 
@@ -95,7 +90,6 @@ def ends(result: dict[str, Any], way: str, key: str, task: int) -> list[float]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Progress and weights at the end."""
     forms = [("pace", 0, ".3f"), ("pace", 1, ".3f"), ("weights", 0, ".4f"), ("weights", 1, ".4f")]
     lines = [[name, *(spread(ends(result, way, key, k), form) for key, k, form in forms)] for way, name in WAYS.items()]
     columns = ("weights", "loss by the first, s = 1", "s = 100", "weight, s = 1", "s = 100")
@@ -104,7 +98,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """How far apart the tasks end."""
     told = []
     for way, name in WAYS.items():
         one, other = (fmean(ends(result, way, "pace", task)) for task in (0, 1))

@@ -21,11 +21,10 @@ from torch.nn import functional as F
 from normkit.activations.batch_norm import BatchNorm
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments.runs import drawings, drawn, labelled, titled
-from normkit.lab.report.bands import dots, rows_of
-from normkit.lab.report.drawing import COLOURS
+from normkit.lab.report.drawing import COLOURS, dots, rows_of
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import mean, spread, where
-from normkit.lab.train.walk import descend, walk
+from normkit.lab.train.images import descend, walk
 
 KINDS = [
     (act, norm, bypass) for act in ("linear", "ReLU") for norm in ("no norm", "BatchNorm") for bypass in (False, True)
@@ -35,8 +34,6 @@ STEPS = {"tiny": 4, "small": 400, "full": 4000}
 
 @dataclass(frozen=True)
 class Training:
-    """One branch that learns."""
-
     activation: str
     norm: str
     bypass: bool
@@ -45,7 +42,6 @@ class Training:
 
     @property
     def path(self) -> str:
-        """The folder."""
         kind = f"{self.activation}/{self.norm}".replace(" ", "-")
         return f"{kind}/{'bypass' if self.bypass else 'alone'}/seed={self.seed}"
 
@@ -82,7 +78,6 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Trains every branch."""
     steps = bench.epochs or STEPS[bench.scale]
     jobs = [Training(*kind, seed, steps) for seed in bench.seeds for kind in KINDS]
     return {"runs": labelled(bench, train, jobs, "activation", "norm", "bypass", "seed"), "steps": steps}
@@ -95,7 +90,6 @@ def rows(result: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Losses and linear shares."""
     found = rows(result).items()
     lines = [[name, *(spread([run[key] for run in runs]) for key in ("loss", "share"))] for name, runs in found]
     target = spread([run["target"] for run in result["runs"]])
@@ -104,7 +98,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What the norm and the bypass change."""
     share = {name: mean(run["share"] for run in runs) for name, runs in rows(result).items()}
     told = [
         f"{name} {share[f'ReLU, {name}']:.3f} alone and {share[f'ReLU, {name}, bypass']:.3f} with a bypass"

@@ -10,16 +10,12 @@ same number everywhere where values are of the order of 1; so each form is run w
 1,500 images at half the resolution are learned for 6 epochs.
 """
 
-from pathlib import Path
-from typing import Any
-
 from torch import nn
 
 from normkit.activations.batch_norm import BatchNorm
 from normkit.activations.local_response_norm import CARD, LocalContrastNorm, LocalResponseNorm
-from normkit.lab.experiments.small_table import Plan, Training, learn, turned
-from normkit.lab.models.noisy_norm import Shift
-from normkit.lab.models.small_cnn import SmallCNN
+from normkit.lab.experiments.small_table import Plan, turned
+from normkit.lab.models.small_cnn import Shift, SmallCNN
 
 BATCH = 64
 ROWS = {
@@ -42,23 +38,15 @@ PAIRS = (*((row, "none") for row in ROWS[BATCH] if row != "none"), ("lrn-strong"
 
 
 def make(row: str, **size: int) -> nn.Module:
-    """Makes a row's network.
-
-    >>> [type(layer).__name__ for layer in make("lrn-strong", width=4).features[:4]]
-    ['Conv2d', 'Shift', 'ReLU', 'LocalResponseNorm']
-    """
+    """Makes a row's network."""
     kind, _, strong = row.partition("-")
     if kind in LOCAL:
         return turned(SmallCNN(lambda channels: LOCAL[kind](1.0 if strong else 1e-4), **size))
     return SmallCNN({"bn": BatchNorm, "none": Shift}[kind], **size)
 
 
-def train(job: Training, folder: Path) -> dict[str, Any]:
-    """Trains a row and evaluates it."""
-    return learn(job, folder, make)
-
-
-EXPERIMENT = Plan(train, ROWS, {BATCH: (0.01, 0.03, 0.1, 0.3)}, 6, PAIRS).experiment(
+PLAN = Plan(make, ROWS, {BATCH: (0.01, 0.03, 0.1, 0.3)}, 6, PAIRS)
+EXPERIMENT = PLAN.experiment(
     "local-norms",
     "Local response and local contrast normalization against batch normalization",
     "Normalization by neighbouring channels or places helps a convolutional network; batch normalization does it better.",

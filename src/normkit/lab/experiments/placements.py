@@ -22,9 +22,7 @@ from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments.pre_post_ln import LEARNT, cell_of, exponents, gradients_at_start, size_of, state
 from normkit.lab.experiments.runs import drawings, drawn, grid, side, titled
 from normkit.lab.jobs.encoders import VOCABULARY, Training, train
-from normkit.lab.report.bands import Curve, across, along, key, marked
-from normkit.lab.report.canvas import DOTTED, FAINT, log
-from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
+from normkit.lab.report import drawing
 from normkit.lab.stats import ABSENT, differences, mean, spread, tell, where
 
 NAMES = {
@@ -42,7 +40,6 @@ TASK, BASE = "sort", "pre"
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Trains an encoder with each placement, and measures gradients at the start."""
     size = size_of(bench)
     fixed = {"task": TASK, "norm": "ln", "optimizer": "adam 1e-3", **size}
     return {
@@ -68,7 +65,6 @@ def ratio(result: Mapping[str, Any], placement: str) -> list[float]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Losses at the end, and gradients at the start."""
     rows = []
     for p, name in NAMES.items():
         runs = (where(result["runs"], placement=p, warmup=warmup) for warmup in WARMUPS)
@@ -99,7 +95,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """Which placements learned, which did better or worse than Pre-LN, and how gradients lie over the layers."""
     said = []
     for warmup, word in WARMUPS.items():
         sides: dict[str, list[str]] = {"lower than": [], "higher than": [], "not told apart from": []}
@@ -127,7 +122,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
 
 def _lines() -> list[tuple[str, str, str, str]]:
     """Each placement with its name, hue and line."""
-    hues = [GREY, *COLOURS]
+    hues = [drawing.GREY, *drawing.COLOURS]
     looks = [(hue, line) for line in ("-", "--") for hue in hues]
     return [(*pair, *look) for pair, look in zip(NAMES.items(), looks, strict=False)]
 
@@ -135,7 +130,7 @@ def _lines() -> list[tuple[str, str, str, str]]:
 @drawn(
     "losses",
     f"Training loss on {TASK} with the norms in eight places, without warm-up and with one over a tenth of the steps; "
-    f"{SEEDS}. The dotted line is the loss of a guess that knows only how frequent each token is.",
+    f"{drawing.SEEDS}. The dotted line is the loss of a guess that knows only how frequent each token is.",
 )
 def _losses(result: dict[str, Any]) -> Figure:
     figure, axes = titled(3.4, *WARMUPS.values(), sharey=True)
@@ -144,22 +139,24 @@ def _losses(result: dict[str, Any]) -> Figure:
         curves = []
         for placement, name, hue, line in _lines():
             runs = where(result["runs"], placement=placement, warmup=warmup)
-            curves.append(Curve(name, hue, [run["rows"] for run in runs], {"linestyle": line}))
-        ends = along(axis, curves, lambda row: row["loss"])
-        axis.axhline(result["guess"], color=FAINT, linestyle=DOTTED, linewidth=0.9)
+            curves.append(drawing.Curve(name, hue, [run["rows"] for run in runs], {"linestyle": line}))
+        ends = drawing.along(axis, curves, lambda row: row["loss"])
+        axis.axhline(result["guess"], color=drawing.FAINT, linestyle=drawing.DOTTED, linewidth=0.9)
         named.append((axis, ends))
     axes[0].set_ylim(bottom=0)  # of both, once both are drawn
     for axis, ends in named:
-        name_ends(axis, ends)
+        drawing.name_ends(axis, ends)
     axes[0].set_ylabel(f"training loss on {TASK}, nats per token")
-    figure.legend([key(FAINT, linestyle=DOTTED)], ["frequencies alone"], loc="outside upper left")
+    figure.legend(
+        [drawing.key(drawing.FAINT, linestyle=drawing.DOTTED)], ["frequencies alone"], loc="outside upper left"
+    )
     return figure
 
 
 @drawn(
     "gradients",
     f"Gradient norms before training: of the last layer of encoders of several depths (left), and of each layer of the "
-    f"deepest, the first layer's at the left (right); {SEEDS}. A flat line on the right trains every layer at one pace.",
+    f"deepest, the first layer's at the left (right); {drawing.SEEDS}. A flat line on the right trains every layer at one pace.",
 )
 def _gradients(result: dict[str, Any]) -> Figure:
     depths = sorted({start["depth"] for start in result["starts"]})
@@ -170,18 +167,18 @@ def _gradients(result: dict[str, Any]) -> Figure:
     for placement, name, hue, line in _lines():
         starts = where(result["starts"], placement=placement)
         lasts = {depth: [start["token"][-1] for start in where(starts, depth=depth)] for depth in depths}
-        ends[0] += across(axes[0], name, hue, lasts, linestyle=line)
+        ends[0] += drawing.across(axes[0], name, hue, lasts, linestyle=line)
         layers = [start["batch"] for start in where(starts, depth=depths[-1])]
         each = {float(k + 1): [norms[k] for norms in layers] for k in range(depths[-1])}
-        ends[1] += across(axes[1], name, hue, each, linestyle=line)
+        ends[1] += drawing.across(axes[1], name, hue, each, linestyle=line)
     for axis, found, x in zip(axes, ends, ("depth of the encoder", "layer"), strict=True):
         axis.set_xlabel(x)
         if axis is axes[0]:
-            marked(axis, depths)
+            drawing.marked(axis, depths)
         else:
             axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        log(axis)
-        name_ends(axis, found)
+        drawing.log(axis)
+        drawing.name_ends(axis, found)
     axes[0].set_ylabel("gradient norm of the second\nfeed-forward weight, before training")
     return figure
 

@@ -22,16 +22,15 @@ from normkit.lab.data import sequences
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments.runs import drawn, grid, labelled, titled
 from normkit.lab.jobs.encoders import VOCABULARY, Start, Training, look, train
-from normkit.lab.report.bands import Curve, End, across, along, dots, key, marked, rows_of
-from normkit.lab.report.canvas import DOTTED, FAINT, FULL, log, panels
-from normkit.lab.report.drawing import COLOURS, SEEDS, name_ends
+from normkit.lab.report import drawing
+from normkit.lab.report.drawing import key
 from normkit.lab.stats import ABSENT, differences, mean, spread, tell, where
-from normkit.lab.train.walk import OK
+from normkit.lab.train.images import OK
 
 PLACEMENTS = {"post": "Post-LN", "pre": "Pre-LN"}
 OPTIMIZERS = {"adam 1e-3": "Adam 1e-3", "adam 3e-4": "Adam 3e-4", "sgd 0.1": "SGD 0.1"}
 NORMS = {"ln": "LayerNorm", "rms": "RMSNorm", "scale": "ScaleNorm", "scale+fix": "ScaleNorm and FixNorm"}
-HUES = {"post": COLOURS[1], "pre": COLOURS[0]}
+HUES = {"post": drawing.COLOURS[1], "pre": drawing.COLOURS[0]}
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"depth": 1, "features": 8, "length": 6, "steps": 6},
@@ -40,15 +39,6 @@ SIZES: dict[str, dict[str, int]] = {
 }
 DEPTHS = (2, 4, 8, 16)
 LEARNT = 0.9
-
-
-def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """The exponent p of the power law y ~ x^p, by least squares of the logarithms.
-
-    >>> round(slope([1, 4, 16], [8, 4, 2]), 6)
-    -0.5
-    """
-    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
 def plan(small: bool) -> list[dict[str, Any]]:
@@ -81,7 +71,6 @@ def gradients_at_start(bench: Bench, placements: Iterable[str]) -> list[dict[str
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Trains what the scale asks for, and measures gradients at the start."""
     size, plans = size_of(bench), plan(bench.scale != "full")
     jobs = [Training(**one, seed=seed, **size) for seed in bench.seeds for one in plans]
     tasks = [task for task in sequences.TASKS if any(job.task == task for job in jobs)]
@@ -104,7 +93,6 @@ def state(runs: Sequence[Any], guess: float) -> str:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Losses at the end, and gradients at the start."""
     found = []
     for task, guess in result["guess"].items():
         rows: list[list[Any]] = []
@@ -149,11 +137,13 @@ def exponents(result: dict[str, Any], placement: str, what: str) -> list[float]:
     """With what power of the depth the last layer's gradient goes, for each seed."""
     starts = where(result["starts"], placement=placement)
     by_seed = [where(starts, seed=seed) for seed in sorted({start["seed"] for start in starts})]
-    return [slope([s["depth"] for s in some], [s[what][-1] for s in some]) for some in by_seed]
+    return [
+        float(np.polyfit(np.log([s["depth"] for s in some]), np.log([s[what][-1] for s in some]), 1)[0])
+        for some in by_seed
+    ]
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What was seen of each part of the claim."""
     said = []
     for what, how in (("token", "of the loss at one token"), ("batch", "of the mean loss of a batch")):
         post, pre = (mean(exponents(result, placement, what)) or 0.0 for placement in ("post", "pre"))
@@ -196,7 +186,6 @@ def warming(without: Sequence[Mapping[str, Any]], with_it: Sequence[Mapping[str,
 
 
 def figures(result: dict[str, Any]) -> list[Drawing]:
-    """Gradients at the start, losses at the end, and along training for each task."""
     return [_gradients(result), _norms(result), *(losses(result, task) for task in result["guess"])]
 
 
@@ -204,7 +193,7 @@ def losses(result: dict[str, Any], task: str) -> Drawing:
     """The training loss on one task."""
     caption = (
         f"Training loss on {task}, a panel for each optimizer and learning rate, with the norm after each branch "
-        f"(Post-LN) or before it (Pre-LN); {SEEDS}. The dotted line is the loss of a guess that knows only how frequent "
+        f"(Post-LN) or before it (Pre-LN); {drawing.SEEDS}. The dotted line is the loss of a guess that knows only how frequent "
         "each token is: look at whether, and how soon, each line falls below it."
     )
     return Drawing(f"loss_{task}", lambda: _losses(result, task), caption)
@@ -214,22 +203,22 @@ def _losses(result: dict[str, Any], task: str) -> Figure:
     runs = where(result["runs"], task=task, norm="ln")
     used = [optimizer for optimizer in OPTIMIZERS if where(runs, optimizer=optimizer)]
     titles = [OPTIMIZERS[optimizer] for optimizer in used]
-    figure, axes = titled(2.7, *titles, width=FULL if len(used) > 1 else 4.2, sharey=True)
-    ends: list[End] = []
+    figure, axes = titled(2.7, *titles, width=drawing.FULL if len(used) > 1 else 4.2, sharey=True)
+    ends: list[drawing.End] = []
     for axis, optimizer in zip(axes, used, strict=True):
         curves = []
         for placement, name in PLACEMENTS.items():
             for warmup, word, style in ((False, "no warm-up", "--"), (True, "warm-up", "-")):
                 own = where(runs, optimizer=optimizer, placement=placement, warmup=warmup)
                 rows = [run["rows"] for run in own]
-                curves.append(Curve(f"{name}, {word}", HUES[placement], rows, {"linestyle": style}))
-        ends = along(axis, curves, lambda row: row["loss"])
-        axis.axhline(result["guess"][task], color=FAINT, linestyle=DOTTED, linewidth=0.9)
+                curves.append(drawing.Curve(f"{name}, {word}", HUES[placement], rows, {"linestyle": style}))
+        ends = drawing.along(axis, curves, lambda row: row["loss"])
+        axis.axhline(result["guess"][task], color=drawing.FAINT, linestyle=drawing.DOTTED, linewidth=0.9)
         axis.set_ylim(bottom=0)
-    name_ends(axes[-1], ends)
+    drawing.name_ends(axes[-1], ends)
     axes[0].set_ylabel(f"training loss on {task}, nats per token")
-    styles = {"no warm-up": "--", "warm-up over 10 % of the steps": "-", "frequencies alone": DOTTED}
-    handles = [key(FAINT, linestyle=style) for style in styles.values()]
+    styles = {"no warm-up": "--", "warm-up over 10 % of the steps": "-", "frequencies alone": drawing.DOTTED}
+    handles = [key(drawing.FAINT, linestyle=style) for style in styles.values()]
     columns = 3 if len(used) > 1 else 2  # what fits the figure's width
     figure.legend(handles, list(styles), loc="outside upper left", ncols=columns, columnspacing=1.2)
     return figure
@@ -238,7 +227,7 @@ def _losses(result: dict[str, Any], task: str) -> Figure:
 @drawn(
     "gradients",
     "Gradient norms before training, with the norm after each branch (Post-LN) or before it (Pre-LN): of the last layer "
-    f"of encoders of several depths (left and middle; {SEEDS}), and of every layer of each encoder for the loss at one "
+    f"of encoders of several depths (left and middle; {drawing.SEEDS}), and of every layer of each encoder for the loss at one "
     "token (right; the thicker a line, the deeper the encoder). Compare the slopes on the left with those of the "
     "theory, the dotted lines.",
 )
@@ -247,15 +236,15 @@ def _gradients(result: dict[str, Any]) -> Figure:
     listed = f"{', '.join(map(str, depths[:-1]))} and {depths[-1]}"
     titles = ("last layer, loss at one token", "last layer, mean loss of a batch", f"every layer, depths {listed}")
     figure, axes = titled(2.6, *titles)
-    names: list[list[End]] = [[], [], []]
+    names: list[list[drawing.End]] = [[], [], []]
     for placement, name in PLACEMENTS.items():
         starts, hue = where(result["starts"], placement=placement), HUES[placement]
         for place, what in enumerate(("token", "batch")):
             lasts = {depth: [start[what][-1] for start in where(starts, depth=depth)] for depth in depths}
-            names[place] += across(axes[place], name, hue, lasts, markersize=3.5)
+            names[place] += drawing.across(axes[place], name, hue, lasts, markersize=3.5)
         first = mean(start["token"][-1] for start in where(starts, depth=depths[0])) or 0.0
         theory = [first * (depth / depths[0]) ** (-0.5 if placement == "pre" else 0.0) for depth in depths]
-        axes[0].plot(depths, theory, color=hue, linestyle=DOTTED, linewidth=0.9)
+        axes[0].plot(depths, theory, color=hue, linestyle=drawing.DOTTED, linewidth=0.9)
         for depth in depths:
             each = np.mean([start["token"] for start in where(starts, depth=depth)], axis=0)
             axes[2].plot(range(1, depth + 1), each, color=hue, linewidth=0.4 + 0.25 * np.log2(depth))
@@ -263,12 +252,12 @@ def _gradients(result: dict[str, Any]) -> Figure:
     for axis, found in zip(axes, names, strict=True):
         axis.set_xlabel("layer" if axis is axes[2] else "depth of the encoder")
         if axis is not axes[2]:
-            marked(axis, depths)
-        log(axis)
-        name_ends(axis, found)
+            drawing.marked(axis, depths)
+        drawing.log(axis)
+        drawing.name_ends(axis, found)
     axes[0].set_ylabel("gradient norm of the second\nfeed-forward weight, before training")
     label = "theory for one token: constant with Post-LN, 1 / √depth with Pre-LN"
-    figure.legend([key(FAINT, linestyle=DOTTED)], [label], loc="outside upper left")
+    figure.legend([key(drawing.FAINT, linestyle=drawing.DOTTED)], [label], loc="outside upper left")
     return figure
 
 
@@ -279,17 +268,17 @@ def _gradients(result: dict[str, Any]) -> Figure:
     "how frequent each token is: a dot near it has learned nothing more.",
 )
 def _norms(result: dict[str, Any]) -> Figure:
-    figure, (axis,) = panels(1, 4.2, 1.9)
+    figure, (axis,) = drawing.panels(1, 4.2, 1.9)
     for y, norm in enumerate(NORMS):
         for placement, shift in zip(PLACEMENTS, (-0.14, 0.14), strict=True):
             which = {"task": "sort", "optimizer": "adam 1e-3", "warmup": False, "norm": norm, "placement": placement}
-            dots(axis, y + shift, [run["loss"] for run in where(result["runs"], **which)], HUES[placement])
-    axis.axvline(result["guess"]["sort"], color=FAINT, linestyle=DOTTED, linewidth=0.9)
-    rows_of(axis, list(NORMS.values()))
+            drawing.dots(axis, y + shift, [run["loss"] for run in where(result["runs"], **which)], HUES[placement])
+    axis.axvline(result["guess"]["sort"], color=drawing.FAINT, linestyle=drawing.DOTTED, linewidth=0.9)
+    drawing.rows_of(axis, list(NORMS.values()))
     axis.set_xlim(left=0)
     axis.set_xlabel("loss on sort at the end, nats per token")
     handles = [key(HUES[placement], marker="o", markersize=3.5, linestyle="") for placement in PLACEMENTS]
-    handles.append(key(FAINT, linestyle=DOTTED))
+    handles.append(key(drawing.FAINT, linestyle=drawing.DOTTED))
     labels = ["after the branch", "before the branch", "frequencies alone"]
     figure.legend(handles, labels, loc="outside upper left", ncols=3)
     return figure

@@ -17,18 +17,15 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from normkit.catalogue.methods import method
-from normkit.lab.data import mesh
 from normkit.lab.data import solid as shapes
 from normkit.lab.data.root import VARIABLE, data_root
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiments import runs as trials
 from normkit.lab.experiments.runs import drawn
-from normkit.lab.experiments.trials import Study, Trial, curves, ends, first_seed, gained, grid, lost, settings_of
 from normkit.lab.fields.occupancy import OccupancyJob, learn_solid, measure_solid
 from normkit.lab.fields.radiance import decode
-from normkit.lab.models.occupancy import Kind
-from normkit.lab.report.bands import along
-from normkit.lab.report.canvas import FAINT, FULL, plain
-from normkit.lab.report.drawing import SEEDS, name_ends
+from normkit.lab.models.nerf import Kind
+from normkit.lab.report.drawing import FAINT, FULL, SEEDS, along, name_ends, plain
 from normkit.lab.report.tables import edges, lowered, rates_table, time_table
 from normkit.lab.stats import mean, spread, tell, where
 
@@ -36,11 +33,11 @@ PAPER = method("weight_conditioning").paper
 MESHES = ("bunny", "armadillo", "dragon", "happy", "lucy", "spot")
 PLAIN, CONDITIONED, KEPT = "plain", "E", "E, kept scale"
 ROWS = {
-    PLAIN: Trial("plain", "none"),
-    CONDITIONED: Trial("e", "none+e@re:trunk"),
-    KEPT: Trial("e-kept", "none", "kept"),
+    PLAIN: trials.Trial("plain", "none"),
+    CONDITIONED: trials.Trial("e", "none+e@re:trunk"),
+    KEPT: trials.Trial("e-kept", "none", "kept"),
 }
-STUDY = Study(ROWS, learn_solid, measure_solid, ("solid", "kind"))
+STUDY = trials.Study(ROWS, learn_solid, measure_solid, ("solid", "kind"))
 KINDS: dict[Kind, str] = {"gaussian": "Gaussian", "sine": "sine", "relu": "ReLU + PE"}
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"width": 8, "depth": 2, "points": 400, "batch": 100, "epochs": 1, "every": 1, "grid": 8},
@@ -51,19 +48,15 @@ RATES = {"tiny": (1e-3, 1e30), "small": (1e-4, 3e-4, 1e-3, 3e-3), "full": (1e-5,
 
 
 def solids(bench: Bench) -> tuple[str, ...]:
-    """Names what is learned: at small scale two solids, else all; analytic shapes where no folder of data is given at all.
-
-    Raises:
-        ProtocolError: the folder of data that is given is not there.
-    """
+    """Names what is learned: at small scale two solids, else all; analytic shapes where no folder of data is given at all."""
     if bench.scale == "tiny":
         found = tuple(shapes.SHAPES)
     elif bench.data_root is None and not os.environ.get(VARIABLE):
         bench.watch(f"neither --data-root nor {VARIABLE} is given: analytic shapes are learned in place of meshes")
         found = tuple(shapes.SHAPES)
     else:
-        folder = data_root(bench.data_root) / mesh.FOLDER
-        there = {path.stem for path in folder.glob("*") if path.suffix in mesh.ENDINGS}
+        folder = data_root(bench.data_root) / shapes.FOLDER
+        there = {path.stem for path in folder.glob("*") if path.suffix in shapes.ENDINGS}
         # Where none of them is there, reading the first says what to do.
         found = tuple(name for name in MESHES if name in there) or MESHES[:1]
     return found if bench.scale == "full" else found[:2]
@@ -95,14 +88,13 @@ def jobs(bench: Bench, solids: Sequence[str], chosen: Mapping[str, OccupancyJob]
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Trains what is missing."""
     learnt = solids(bench)
     rates, chosen = STUDY.choose(bench, sweeps(bench, learnt[0]), _seen)
     wanted = jobs(bench, learnt, chosen)
     runs, pictures = STUDY.train(bench, wanted)
     return {
         "scale": bench.scale,
-        "settings": settings_of(wanted[0]),
+        "settings": trials.settings_of(wanted[0]),
         "rates": {kind: {name: rates[f"{kind} {name}"] for name in ROWS} for kind in KINDS},
         "costs": {kind: STUDY.cost(bench, (chosen[f"{kind} {name}"] for name in ROWS)) for kind in KINDS},
         "runs": runs,
@@ -128,17 +120,16 @@ WHOLE = (
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """Ours; the paper's numbers are not known."""
     scores, more = [], []
     for (solid, kind), all_runs in STUDY.subjects(result).items():
         for name in ROWS:
             runs = where(all_runs, row=name)
             head = (f"{solid}, {KINDS[kind]}", name)
-            told = None if name == PLAIN else tell(gained(all_runs, ROWS, name, "iou_near")[0], "+.3f")
+            told = None if name == PLAIN else tell(trials.gained(all_runs, ROWS, name, "iou_near")[0], "+.3f")
             rate = result["rates"][kind][name]["rate"]
             scores.append([*head, spread([run["iou_near"] for run in runs], ".3f"), told, rate, len(runs)])
             excess = mean(run["volume"] / run["true_volume"] - 1 for run in runs)
-            inner = [mean(end[key] for end in ends(runs)) for key in ("raw_condition", "condition")]
+            inner = [mean(end[key] for end in trials.ends(runs)) for key in ("raw_condition", "condition")]
             volume = None if excess is None else f"{100 * excess:+.1f} %"
             more.append([*head, spread([run["iou"] for run in runs], ".3f"), volume, *inner])
     size = f"{result['scale']} scale"
@@ -170,16 +161,15 @@ def _time(result: Mapping[str, Any], kind: Kind) -> Table:
 
 
 def remarks(result: Mapping[str, Any]) -> list[str]:
-    """What E changes, and what was chosen here."""
     said = []
     for (solid, kind), runs in STUDY.subjects(result).items():
-        found = {name: gained(runs, ROWS, name, "iou_near") for name in (CONDITIONED, KEPT)}
+        found = {name: trials.gained(runs, ROWS, name, "iou_near") for name in (CONDITIONED, KEPT)}
         parts = [f"{name} {told}, {word}" for name, (gap, word) in found.items() if (told := tell(gap, "+.3f"))]
         told = "; ".join(parts) or "nothing to compare"
         said.append(f"{solid}, {KINDS[kind]}: IoU near the surface minus plain: {told}.")
     said += lowered([run for run in result["runs"] if run["row"] in (CONDITIONED, KEPT)])
     named = [{**run, "kind": KINDS[run["kind"]]} for run in result["runs"]]
-    said += lost(named, "{row} of {solid} with {kind}, seed {seed}")
+    said += trials.lost(named, "{row} of {solid} with {kind}, seed {seed}")
     if analytic := [solid for solid in dict.fromkeys(run["solid"] for run in result["runs"]) if solid in shapes.SHAPES]:
         said.append(f"No meshes were given: the solids are analytic shapes ({', '.join(analytic)}).")
     said.append(f"{result['scale'].capitalize()} scale: {_size(result['settings'])}.")
@@ -214,7 +204,6 @@ SURFACES = (
 
 
 def figures(result: Mapping[str, Any]) -> list[Drawing]:
-    """The learned surfaces next to the solids, one figure per activation, and IoU along training."""
     drawn = [
         Drawing(
             f"surfaces-{kind}",
@@ -230,7 +219,7 @@ def figures(result: Mapping[str, Any]) -> list[Drawing]:
 def _surfaces(result: Mapping[str, Any], kind: Kind) -> Figure:
     subjects = {solid: runs for (solid, of), runs in STUDY.subjects(result).items() if of == kind}
     columns = 1 + len(ROWS)
-    figure, axes = grid(len(subjects), columns, (FULL / columns + 0.45) * len(subjects))
+    figure, axes = trials.picture_grid(len(subjects), columns, (FULL / columns + 0.45) * len(subjects))
     for row, (solid, runs) in zip(axes, subjects.items(), strict=True):
         shown = result["pictures"][f"{solid} {kind}"]
         row[0].imshow(decode(next(iter(shown.values()))["truth"]))
@@ -238,7 +227,7 @@ def _surfaces(result: Mapping[str, Any], kind: Kind) -> Figure:
         for axis, name in zip(row[1:], ROWS, strict=True):
             if name not in shown:
                 continue
-            run = first_seed(runs, name)
+            run = trials.first_seed(runs, name)
             axis.imshow(decode(shown[name]["learnt"]))
             score = "diverged" if run["iou"] is None else f"IoU {run['iou']:.3f}, near {run['iou_near']:.3f}"
             axis.set_title(plain(f"{KINDS[kind]}, {name}\n{score}"))
@@ -262,7 +251,7 @@ def _curves(result: Mapping[str, Any]) -> Figure:
     for axis in axes.ravel()[len(subjects) :]:
         axis.set_axis_off()
     for axis, ((solid, kind), runs) in zip(axes.ravel(), subjects.items(), strict=False):
-        found = along(axis, curves(runs, ROWS, "epoch"), lambda row: row["iou_near"], "epoch")
+        found = along(axis, trials.curves(runs, ROWS, "epoch"), lambda row: row["iou_near"], "epoch")
         axis.set_title(plain(f"{solid}, {KINDS[kind]}"), loc="left")
         axis.set_ylim(0, 1)
         name_ends(axis, found)

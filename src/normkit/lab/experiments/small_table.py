@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,58 +14,40 @@ from torch import nn
 from normkit.core.card import Paper
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments import runs
-from normkit.lab.models.noisy_norm import Shift
-from normkit.lab.models.small_cnn import SmallCNN
-from normkit.lab.report.bands import dots, rows_of
-from normkit.lab.report.canvas import FAINT, FULL
-from normkit.lab.report.drawing import COLOURS, GREY
+from normkit.lab.models.small_cnn import Shift, SmallCNN
+from normkit.lab.report.drawing import COLOURS, FAINT, FULL, GREY, dots, rows_of
 from normkit.lab.report.tables import edges, rates_table
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import gain, judge_runs, known, spread, tell, tune, where
-from normkit.lab.train.images import Images, Size, Stream, accuracy, fit
-from normkit.lab.train.walk import OK, device
+from normkit.lab.train.images import OK, Images, Size, Stream, accuracy, device, fit
 
 
 @dataclass(frozen=True)
 class Training(Size, path="batch={0.batch}/{0.row}/rate={0.rate:g}/seed={0.seed}"):
-    """One training."""
-
+    module: str
     row: str
     batch: int
     rate: float
     seed: int
 
 
-def learn(
-    job: Training,
-    folder: Path,
-    make: Callable[..., nn.Module],
-    before: Callable[[nn.Module, Training, float], None] = lambda model, job, part: None,
-    settle: Callable[[nn.Module, Training, Images], None] = lambda model, job, held_out: None,
-) -> dict[str, Any]:
-    """Trains what ``make(row, channels=, width=)`` gives, and evaluates it.
-
-    ``before(model, job, part)`` is called before each step with the part of the rate that is left; ``settle(model, job, images)``
-    chooses on held-out images what evaluation needs.
-    """
+def learn(job: Training, folder: Path) -> dict[str, Any]:
+    """Trains a row, and evaluates it."""
+    plan: Plan = import_module(job.module).PLAN
     images = job.images()
     stream = Stream(images["train"], job.batch, job.seed)
     reseed(job.seed, "init")
-    model = make(job.row, channels=images["train"][0].shape[1], width=job.width).to(device())
-    walked = fit(model, stream, job.epochs, job.rate, job.seed, folder, lambda part: before(model, job, part))
+    model = plan.make(job.row, channels=images["train"][0].shape[1], width=job.width).to(device())
+    walked = fit(model, stream, job.epochs, job.rate, job.seed, folder, lambda part: plan.before(model, job, part))
     scores: dict[str, float | None] = dict.fromkeys(("val", "test"))
     if walked.status == OK:
-        settle(model.eval(), job, images["val"])
+        plan.settle(model.eval(), job, images["val"])
         scores = {part: accuracy(model, images[part]) for part in scores}
     return {"status": walked.status, "loss": [row["loss"] for row in walked.rows], **scores}
 
 
 def turned(model: SmallCNN, activation: Callable[[], nn.Module] = nn.ReLU) -> SmallCNN:
-    """Puts each norm behind its activation, and a bias before that.
-
-    >>> [type(layer).__name__ for layer in turned(SmallCNN(nn.BatchNorm2d, width=4)).features[:4]]
-    ['Conv2d', 'Shift', 'ReLU', 'BatchNorm2d']
-    """
+    """Puts each norm behind its activation, and a bias before that."""
     old, layers = list(model.features.children()), list[nn.Module]()
     for layer, norm in zip(old[::3], old[1::3], strict=True):
         layers += [layer, Shift(layer.get_parameter("weight").shape[0]), activation(), norm]
@@ -74,38 +57,42 @@ def turned(model: SmallCNN, activation: Callable[[], nn.Module] = nn.ReLU) -> Sm
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared: `train` is :func:`learn` with the experiment's rows.
+    """What is compared by an experiment whose module has this as ``PLAN``, and makes rows' networks with ``make(row, **size)``.
 
     By batch size: the rows' titles by name, the first of which the others are compared with, and the rates that each tries, with
     further ones where the best is the smallest or largest. `epochs` are of the small scale, `pairs` of rows are for remarks.
     """
 
-    train: Callable[[Training, Path], dict[str, Any]]
+    make: Callable[..., nn.Module]
     rows: Mapping[int, Mapping[str, str]]
     rates: Mapping[int, Sequence[float]]
     epochs: int
     pairs: Sequence[tuple[str, str]]
     about: str = ""
+    # called before each step, with the part of the rate that is left
+    before: Callable[[nn.Module, Training, float], None] = lambda model, job, part: None
+    # chooses on held-out images what evaluation needs
+    settle: Callable[[nn.Module, Training, Images], object] = lambda model, job, held_out: None
 
     def experiment(self, name: str, title: str, claim: str, paper: Paper) -> Experiment:
         """The experiment, of a claim."""
         parts = [partial(part, self) for part in (run, tables, figures, remarks)]
         # The report's account of what was run is the docstring of this module.
-        parts[0].__module__ = self.train.__module__  # pyright: ignore[reportAttributeAccessIssue]
+        parts[0].__module__ = self.make.__module__  # pyright: ignore[reportAttributeAccessIssue]
         return Experiment(name, "claim", title, claim, paper, *parts)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def run(plan: Plan, bench: Bench) -> dict[str, Any]:
-    """Finds the rate of each row with the first seed, on held-out images, then trains with it and every seed."""
     size, first, tiny = runs.size_of(bench, plan.epochs), bench.seeds[0], bench.scale == "tiny"
     names = [(f"{row}, {batch}", row, batch) for batch, some in plan.rows.items() for row in some]
-    makers = {name: partial(Training, row=row, batch=batch, **size) for name, row, batch in names}
+    module = plan.make.__module__
+    makers = {name: partial(Training, module=module, row=row, batch=batch, **size) for name, row, batch in names}
     rates = {batch: (0.1, 1e30) if tiny else plan.rates[batch] for batch in plan.rows}
     tried = {name: [makers[name](rate=rate, seed=first) for rate in rates[batch]] for name, _, batch in names}
     beyond = None if tiny else lambda name, rate: makers[name](rate=rate, seed=first)
-    swept = tune(bench, plan.train, tried, look, beyond)
+    swept = tune(bench, learn, tried, look, beyond)
     jobs = [make(rate=swept[name]["rate"], seed=seed) for seed in bench.seeds for name, make in makers.items()]
-    done = runs.labelled(bench, plan.train, jobs, "row", "batch", "rate", "seed")
+    done = runs.labelled(bench, learn, jobs, "row", "batch", "rate", "seed")
     return {"runs": done, "swept": swept, **size, **runs.source_of(size, bench)}
 
 
@@ -116,7 +103,6 @@ def look(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tables(plan: Plan, result: Mapping[str, Any]) -> list[Table]:
-    """For each batch size, the scores of rows and their differences from the first, and the rates that were tried."""
     found = []
     for batch, titles in plan.rows.items():
         base = where(result["runs"], row=next(iter(titles)), batch=batch)
@@ -145,7 +131,6 @@ def difference(runs: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, An
 
 
 def remarks(plan: Plan, result: Mapping[str, Any]) -> list[str]:
-    """What pairs of rows show, by batch size, and how many runs diverged."""
     said = []
     for batch, titles in plan.rows.items():
         told = []
@@ -159,7 +144,6 @@ def remarks(plan: Plan, result: Mapping[str, Any]) -> list[str]:
 
 
 def figures(plan: Plan, result: Mapping[str, Any]) -> list[Drawing]:
-    """Test accuracies, a panel for each batch size."""
     caption = (
         "Test accuracy of each row at its chosen rate; a dot is a seed, a bar the mean over seeds, and the vertical line that of "
         "the first row. Look for rows whose dots are all on one side of the line; a seed that diverged has no dot."

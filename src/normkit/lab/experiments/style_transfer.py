@@ -22,19 +22,16 @@ from normkit.activations.instance_norm import adaptive_instance_norm
 from normkit.catalogue.methods import method
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments import runs
-from normkit.lab.experiments.trials import grid
-from normkit.lab.models.noisy_norm import Shift
+from normkit.lab.experiments.runs import picture_grid
+from normkit.lab.models.small_cnn import Shift
 from normkit.lab.stats import spread
-from normkit.lab.train.images import Size, Stream, fit
-from normkit.lab.train.walk import descend, device, walk
+from normkit.lab.train.images import Size, Stream, descend, device, fit, walk
 
 STEPS, BATCH, SHOWN = {"tiny": 3, "small": 500, "full": 5000}, 16, 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer(Size, path="seed={0.seed}"):
-    """One encoder and decoder."""
-
     seed: int
     steps: int
 
@@ -100,7 +97,6 @@ def pixels(images: Tensor) -> Tensor:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Trains with every seed."""
     size = {**runs.size_of(bench, 6), "halve": False}
     jobs = [Transfer(seed=seed, steps=STEPS[bench.scale], **size) for seed in bench.seeds]
     done = runs.labelled(bench, transfer, jobs, "seed")
@@ -108,7 +104,6 @@ def run(bench: Bench) -> dict[str, Any]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Distances on test images."""
     cells = [spread([run[key] for run in result["runs"]], ".3g") for key in ("before", "style", "content")]
     columns = ("distance of moments, content to style", "output to style", "output's features to their target")
     steps = result["job"]["steps"]
@@ -117,7 +112,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """How much nearer the style is."""
     parts = spread([run["style"] / run["before"] for run in result["runs"]], ".3f")
     return [
         f"Means and deviations of the output's features are at {parts} of the content's squared distance from the style's."
@@ -125,7 +119,6 @@ def remarks(result: dict[str, Any]) -> list[str]:
 
 
 def figures(result: dict[str, Any]) -> list[Drawing]:
-    """The pictures of the first seed."""
     caption = (
         "Test images in the style of others, by the first seed: contents down the left column, styles along the top row. "
         "Each output should keep what is drawn on its left and take the colours and contrast from above it."
@@ -136,7 +129,7 @@ def figures(result: dict[str, Any]) -> list[Drawing]:
 
 def draw(pictures: dict[str, Any]) -> Figure:
     """A grid of contents, styles and outputs."""
-    figure, axes = grid(SHOWN + 1, SHOWN + 1, 7.0)
+    figure, axes = picture_grid(SHOWN + 1, SHOWN + 1, 7.0)
     for k in range(SHOWN):
         axes[0, k + 1].imshow(pictures["styles"][k])
         axes[k + 1, 0].imshow(pictures["contents"][k])

@@ -19,15 +19,14 @@ from normkit.lab import task
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments import classification
 from normkit.lab.experiments.classification import PAPER, Plan, Row, verdicts
-from normkit.lab.experiments.classification_drawing import figures as curves_of
+from normkit.lab.experiments.classification import figures as curves_of
 from normkit.lab.experiments.vit_s import LN, E, W
 from normkit.lab.models.vit import vit_b16, vit_tiny
 from normkit.lab.seeding import reseed
 from normkit.lab.settings import Settings
 from normkit.lab.sweep import Work
-from normkit.lab.train.fabric import start_fabric
 from normkit.lab.train.learning import Training
-from normkit.lab.train.parallel import place
+from normkit.lab.train.parallel import place, start_fabric
 from normkit.lab.train.trainer import train_step
 from normkit.surgery.recipe import apply_recipe
 
@@ -46,8 +45,6 @@ REMARKS = (
 
 @dataclass(frozen=True)
 class Smoke(Work, path="smoke/{0.recipe}"):
-    """Takes a few steps of one form of the network."""
-
     name: str
     recipe: str
     size: str = "vit_b16"
@@ -71,7 +68,6 @@ def smoke(job: Smoke, folder: Path) -> dict[str, Any]:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Trains at full scale; at small scale takes a few steps."""
     if bench.scale != "full":
         jobs = [Smoke(row.name, row.recipe, "vit_b16" if bench.scale == "small" else "vit_tiny") for row in ROWS]
         found = bench.sweep(smoke, jobs)
@@ -83,7 +79,6 @@ def run(bench: Bench) -> dict[str, Any]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """The paper's numbers next to ours, or to the losses of the smoke test."""
     if result["scale"] == "full":
         return classification.tables(result)
     printed = {row.name: row.printed or () for row in ROWS}
@@ -98,7 +93,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What is seen."""
     if result["scale"] == "full":
         return [*verdicts(result), *REMARKS]
     falls = all(row["losses"][-1] < row["losses"][0] for row in result["rows"])

@@ -19,15 +19,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from normkit.catalogue.methods import method
-from normkit.lab.data.llff import FOLDER, SCENES
 from normkit.lab.data.root import data_root
+from normkit.lab.data.scene import FOLDER, SCENES
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.experiments.runs import titled
-from normkit.lab.experiments.trials import Study, Trial, curves, ends, first_seed, gained, grid, lost, settings_of
+from normkit.lab.experiments import runs as trials
 from normkit.lab.fields.radiance import RadianceJob, decode, learn_scene, measure_scene
-from normkit.lab.report.bands import along
-from normkit.lab.report.canvas import FULL, log, plain
-from normkit.lab.report.drawing import SEEDS, name_ends
+from normkit.lab.report.drawing import FULL, SEEDS, along, log, name_ends, plain
 from normkit.lab.report.tables import edges, lowered, rates_table, time_table
 from normkit.lab.say import counted
 from normkit.lab.stats import Row, mean, spread, tell, where
@@ -40,16 +37,16 @@ PRINTED = {
 PRINTED_MEAN = {"E-NeRF": 30.20, "NeRF": 29.6}
 PLAIN, CONDITIONED = "NeRF", "E-NeRF"
 ROWS = {
-    PLAIN: Trial("nerf", "none"),
-    CONDITIONED: Trial("e-nerf", "none+e@re:trunk"),
-    "NeRF, unit start": Trial("nerf-unit", "none", "unit"),
-    "E-NeRF, kept scale": Trial("e-nerf-kept", "none", "kept"),
-    "NeRF + WN": Trial("nerf-wn", "none+wn@re:trunk"),
-    "NeRF + LN": Trial("nerf-ln", "ln"),
-    "NeRF + BN": Trial("nerf-bn", "bn"),
+    PLAIN: trials.Trial("nerf", "none"),
+    CONDITIONED: trials.Trial("e-nerf", "none+e@re:trunk"),
+    "NeRF, unit start": trials.Trial("nerf-unit", "none", "unit"),
+    "E-NeRF, kept scale": trials.Trial("e-nerf-kept", "none", "kept"),
+    "NeRF + WN": trials.Trial("nerf-wn", "none+wn@re:trunk"),
+    "NeRF + LN": trials.Trial("nerf-ln", "ln"),
+    "NeRF + BN": trials.Trial("nerf-bn", "bn"),
 }
 NORMS = ("NeRF + WN", "NeRF + LN", "NeRF + BN")
-STUDY = Study(ROWS, learn_scene, measure_scene, ("scene",))
+STUDY = trials.Study(ROWS, learn_scene, measure_scene, ("scene",))
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"width": 8, "depth": 3, "reduce": 12, "rays": 16, "coarse": 6, "fine": 6, "steps": 2, "every": 1},
     "small": {"width": 64, "rays": 256, "coarse": 24, "fine": 24, "steps": 1000, "every": 100},
@@ -59,11 +56,7 @@ RATES = {"tiny": (1e-3, 1e30), "small": (2e-3,), "full": (1e-4, 5e-4, 2e-3)}
 
 
 def scenes(bench: Bench) -> list[str]:
-    """Names the scenes: fern at small scale, balls at tiny, else those of the paper that are there.
-
-    Raises:
-        ProtocolError: there is no folder of data sets.
-    """
+    """Names the scenes: fern at small scale, balls at tiny, else those of the paper that are there."""
     if bench.scale != "full":
         return ["fern" if bench.scale == "small" else "spheres"]
     folder = data_root(bench.data_root) / FOLDER
@@ -91,13 +84,12 @@ def jobs(bench: Bench, chosen: Mapping[str, RadianceJob]) -> list[RadianceJob]:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Trains what is missing."""
     rates, chosen = STUDY.choose(bench, sweeps(bench, scenes(bench)[0]), _seen)
     wanted = jobs(bench, chosen)
     runs, pictures = STUDY.train(bench, wanted)
     return {
         "scale": bench.scale,
-        "settings": settings_of(wanted[0]),
+        "settings": trials.settings_of(wanted[0]),
         "rates": rates,
         "costs": STUDY.cost(bench, chosen.values()),
         "runs": [{**run, "rate": rates[run["row"]]["rate"], "score": mean(run["psnr"] or [])} for run in runs],
@@ -125,16 +117,17 @@ INNER = (
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """Ours, two per scene, and the paper's."""
     made, swept = [], [{"name": name, **row} for name, row in result["rates"].items()]
     for scene, all_runs in STUDY.subjects(result).items():
         scores, more = [], []
         for name in _names(all_runs):
             runs = where(all_runs, row=name)
-            told = None if name == PLAIN else tell(gained(all_runs, ROWS, name, "score")[0])
+            told = None if name == PLAIN else tell(trials.gained(all_runs, ROWS, name, "score")[0])
             ours = spread([run["score"] for run in runs], ".2f")
             scores.append([name, _printed(name, scene), ours, told, result["rates"][name]["rate"], len(runs)])
-            inner = [mean(end[key] for end in ends(runs)) for key in ("train_psnr", "raw_condition", "condition")]
+            inner = [
+                mean(end[key] for end in trials.ends(runs)) for key in ("train_psnr", "raw_condition", "condition")
+            ]
             more.append([name, *inner, runs[0]["parameters"]])
         title = f"{scene}, {result['scale']} scale"
         columns = ("network", "paper", "ours", "minus NeRF", "rate", "seeds")
@@ -164,11 +157,10 @@ def _time(result: Mapping[str, Any]) -> Table:
 
 
 def remarks(result: Mapping[str, Any]) -> list[str]:
-    """What E and the controls change, and what is odd in the paper's table."""
     said = [_verdict(result, scene) for scene in STUDY.subjects(result)]
     said += [sentence for scene in STUDY.subjects(result) if (sentence := _controls(result, scene))]
     said += lowered(where(result["runs"], row=CONDITIONED))
-    said += lost(result["runs"], "{row} on {scene}, seed {seed}")
+    said += trials.lost(result["runs"], "{row} on {scene}, seed {seed}")
     settings = result["settings"]
     said.append(
         f"Photographs at 1/{8 * settings['reduce']}, width {settings['width']}, {settings['coarse']} + {settings['fine']} "
@@ -195,7 +187,6 @@ REMARKS = (
 
 
 def figures(result: Mapping[str, Any]) -> list[Drawing]:
-    """Curves along training, and a view that judges with its depth for each network."""
     both = (("psnr", _curves, CURVES), ("views", _views, VIEWS))
     return [
         Drawing(f"{scene}-{name}", partial(draw, result, scene), caption.format(scene))
@@ -217,9 +208,9 @@ VIEWS = (
 
 def _curves(result: Mapping[str, Any], scene: str) -> Figure:
     titles = (plain(f"PSNR of held-out views in dB, {scene}"), "condition number of the trunks' effective weights")
-    figure, axes = titled(3.0, *titles)
+    figure, axes = trials.titled(3.0, *titles)
     for axis, field in zip(axes, ("test_psnr", "condition"), strict=True):
-        found = along(axis, curves(STUDY.subjects(result)[scene], ROWS), lambda row, field=field: row[field])
+        found = along(axis, trials.curves(STUDY.subjects(result)[scene], ROWS), lambda row, field=field: row[field])
         if field == "condition":
             log(axis)
         name_ends(axis, found)
@@ -231,11 +222,11 @@ def _views(result: Mapping[str, Any], scene: str) -> Figure:
     names = [name for name in _names(runs) if shown.get(name)]
     truth = decode(shown[names[0]]["truth"])
     height = 2 * FULL / (1 + len(names)) * truth.shape[0] / truth.shape[1] + 0.7
-    figure, axes = grid(2, 1 + len(names), height)
+    figure, axes = trials.picture_grid(2, 1 + len(names), height)
     axes[0, 0].imshow(truth)
     axes[0, 0].set_title("photograph" if scene in SCENES else "truth")
     for place, name in enumerate(names, 1):
-        scores = first_seed(runs, name)["psnr"]
+        scores = trials.first_seed(runs, name)["psnr"]
         score = f"{scores[len(scores) // 2]:.1f} dB" if scores else "diverged"
         axes[0, place].imshow(decode(shown[name]["colour"]))
         axes[0, place].set_title(plain(f"{name}\n{score}".replace(", ", ",\n")))
@@ -254,7 +245,7 @@ def _paper_table() -> Table:
 
 
 def _verdict(result: Mapping[str, Any], scene: str) -> str:
-    found, word = gained(STUDY.subjects(result)[scene], ROWS, CONDITIONED, "score")
+    found, word = trials.gained(STUDY.subjects(result)[scene], ROWS, CONDITIONED, "score")
     if found.mean is None:
         return f"{scene}: E-NeRF and NeRF can't be compared, as one of them diverged in every seed."
     first = f"{scene}: E-NeRF is {abs(found.mean):.2f} dB {'above' if found.mean >= 0 else 'below'} NeRF"
@@ -266,7 +257,9 @@ def _verdict(result: Mapping[str, Any], scene: str) -> str:
 
 def _controls(result: Mapping[str, Any], scene: str) -> str:
     runs = STUDY.subjects(result)[scene]
-    means = {name: gained(runs, ROWS, name, "score")[0].mean for name in ROWS if name not in (PLAIN, CONDITIONED)}
+    means = {
+        name: trials.gained(runs, ROWS, name, "score")[0].mean for name in ROWS if name not in (PLAIN, CONDITIONED)
+    }
     gains = {name: found for name, found in means.items() if found is not None}
     if not gains:
         return ""

@@ -23,15 +23,13 @@ from normkit.lab import task
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments import classification
 from normkit.lab.experiments.classification import PAPER, Plan, Row, difference, early, study, verdicts
-from normkit.lab.experiments.classification_drawing import figures as curves_of
+from normkit.lab.experiments.classification import figures as curves_of
 from normkit.lab.experiments.runs import drawn
 from normkit.lab.models.vit import Patches, VisionTransformer
-from normkit.lab.report.canvas import FULL, log, panels
-from normkit.lab.report.drawing import name_ends
-from normkit.lab.report.palette import styles
+from normkit.lab.report.drawing import FULL, log, name_ends, panels, styles
 from normkit.lab.sweep import Work
-from normkit.lab.train.fabric import start_fabric
 from normkit.lab.train.learning import Training, images, make
+from normkit.lab.train.parallel import start_fabric
 
 LN, W, E = "LN", "LN + W", "LN + E"
 TWO, UNIT, NONE, ONLY, BN = "LN + E, two layers", "LN, unit rows at the start", "no LN", "E without LN", "BN for LN"
@@ -82,7 +80,8 @@ def gradients(job: Gradients, folder: Path) -> dict[str, Any]:
         model = make(row, data).to(device)
         task.loss(task.call(model, inputs), targets).backward()
         assert isinstance(model, VisionTransformer)
-        found[row.name] = [_length(block) for block in model.blocks]
+        squares = [[p.grad.square().sum() for p in block.parameters() if p.grad is not None] for block in model.blocks]
+        found[row.name] = [float(torch.stack(some).sum().sqrt()) for some in squares]
     return found
 
 
@@ -95,7 +94,6 @@ def plan(scale: str) -> Plan:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Does what is missing."""
     planned = plan(bench.scale)
     found = study(bench, [planned])
     rows = [replace(planned.base, name=row.name, recipe=row.recipe, unit=row.unit) for row in (*ROWS, *CONTROLS)]
@@ -105,7 +103,6 @@ def run(bench: Bench) -> dict[str, Any]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Scores, controls, rates, time, and gradients at the start."""
     found = result["gradients"].items()
     lines = [[name, some[0], some[-1], some[0] / some[-1] if some[-1] else None] for name, some in found]
     notes = ["Norm of the loss's gradient by all parameters of a block, before the first step, first seed."]
@@ -114,7 +111,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What is seen of the rows and of the claim that LN is needed."""
     (label,) = result["parts"]
     said = verdicts(result)
     for one, other in ((E, UNIT), (E, TWO), (ONLY, NONE), (NONE, LN)):
@@ -159,11 +155,6 @@ def _blocks(result: Mapping[str, Any]) -> Figure:
     figure.canvas.draw()
     name_ends(axis, ends)
     return figure
-
-
-def _length(block: nn.Module) -> float:
-    squares = [parameter.grad.square().sum() for parameter in block.parameters() if parameter.grad is not None]
-    return float(torch.stack(squares).sum().sqrt())
 
 
 EXPERIMENT = Experiment(

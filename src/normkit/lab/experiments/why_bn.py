@@ -12,7 +12,9 @@ measured along training, gradients compared on the training batch itself, steps 
 gradient; 50 steps and no decay in the search for the largest rate.
 """
 
+import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -20,21 +22,18 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normkit.core.card import Paper
 from normkit.diagnostics.curvature import smoothness
 from normkit.lab.experiment import Bench, Experiment, Table
-from normkit.lab.experiments import rates, runs
+from normkit.lab.experiments import runs
 from normkit.lab.experiments.runs import drawn, side
-from normkit.lab.jobs.landscape import moments, moved, turns
-from normkit.lab.models.noisy_norm import MAKERS
-from normkit.lab.report.bands import Curve, End, along
-from normkit.lab.report.canvas import FAINT, log, panels
-from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
+from normkit.lab.models.small_cnn import MAKERS, SmallCNN
+from normkit.lab.report.drawing import COLOURS, FAINT, GREY, SEEDS, Curve, End, along, log, name_ends, panels
 from normkit.lab.stats import ABSENT, Row, by_step, differences, mean, spread, tell, where
-from normkit.lab.train.images import Stream, load
-from normkit.lab.train.walk import OK, Diverged, descend, walk
+from normkit.lab.train.images import OK, Images, Stream, descend, load, walk
 from normkit.surgery.recipe import apply_recipe
 
 METHODS = {
@@ -54,8 +53,6 @@ RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 @dataclass(frozen=True)
 class Training:
-    """One training: measured along the way at the usual rate, or short at some rate to see whether it learns."""
-
     method: str
     rate: float
     measured: bool
@@ -68,7 +65,6 @@ class Training:
 
     @property
     def path(self) -> str:
-        """The folder."""
         return f"{'along' if self.measured else 'rates'}/{self.method}/rate={self.rate:g}/seed={self.seed}"
 
 
@@ -93,8 +89,6 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
                 group["lr"] = 0.5 * job.rate * (1 + math.cos(math.pi * (number - 1) / job.steps))
         loss = F.cross_entropy(model(x), y)
         descend(optimizer, loss)
-        if not math.isfinite(loss.item()):
-            raise Diverged
         return {"loss": loss.item(), **found, **(moved(before, moments(model, probe)) if looking else {})}
 
     walked = walk(folder, job.steps, {"model": model, "optimizer": optimizer}, step, job.seed)
@@ -104,7 +98,6 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Trains every method measured, and with and without normalization at every rate."""
     size = runs.size_of(bench, 0)
     del size["test"], size["epochs"]
     size["steps"] = bench.epochs * (size["train"] or 45000) // BATCH if bench.epochs else STEPS[bench.scale]
@@ -133,7 +126,6 @@ def over_training(result: dict[str, Any], method: str, key: str) -> list[float |
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Measures along training, and losses at every rate."""
     lines: list[list[Any]] = []
     for method, name in METHODS.items():
         own = measured(result, method)
@@ -149,7 +141,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
         "in front of it take their step. Shift: of the means of a layer's inputs in one step, in standard deviations.",
         "Range of loss, change of gradient and its ratio to the distance: along the gradient, up to four times the rate.",
     )
-    rows = [[METHODS[method], *rates.losses(searched(result, method))] for method in SEARCHED]
+    rows = [[METHODS[method], *runs.losses(searched(result, method))] for method in SEARCHED]
     heads = ("norm", *(f"rate {rate:g}" for rate in result["rates"]))
     return [
         Table(f"Along training at rate {RATE:g}", columns, lines, said),
@@ -158,15 +150,13 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What each explanation predicts, and what was measured."""
-
     def each(key: str, form: str) -> str:
         found = {name: mean(over_training(result, method, key)) for method, name in METHODS.items()}
         return ", ".join(f"{name} {ABSENT if value is None else format(value, form)}" for name, value in found.items())
 
     # A run that diverged counts as guessing, so that the loss of the others is not taken for that of all.
     found = {method: [run["end"] for run in measured(result, method)] for method in METHODS}
-    ends = {method: [rates.GUESS if end is None else end for end in some] for method, some in found.items()}
+    ends = {method: [runs.GUESS if end is None else end for end in some] for method, some in found.items()}
     said = [
         f"Covariate shift as the cosine of a layer's gradients (1 is no shift): {each('turn', '.3f')}.",
         f"Covariate shift as movement of means per step, in standard deviations: {each('mean', '.3f')}.",
@@ -180,10 +170,11 @@ def remarks(result: dict[str, Any]) -> list[str]:
             f"{word}."
         )
     said.append(f"Change of the gradient per unit of distance along it: {each('beta', '.3g')}.")
-    large = [f"{METHODS[m]} {rates.tell_rates(rates.largest(searched(result, m)))}" for m in SEARCHED]
+    large = [f"{METHODS[m]} {', '.join(f'{rate:g}' for rate in runs.largest(searched(result, m)))}" for m in SEARCHED]
     said.append(f"Largest rate that learned, for each seed: {'; '.join(large)}.")
     # A larger rate is worth something only where it leads to a lower loss.
-    low = [f"{METHODS[m]} {rates.tell_lowest(rates.lowest(searched(result, m)))}" for m in SEARCHED]
+    lows = ((METHODS[m], runs.lowest(searched(result, m))) for m in SEARCHED)
+    low = [f"{name} {ABSENT if one is None else f'{one[0]:.2f} (rate {one[1]:g})'}" for name, one in lows]
     said.append(f"Lowest mean training loss at any rate after {result['short']} steps: {'; '.join(low)}.")
     return said
 
@@ -243,9 +234,9 @@ def curves(result: dict[str, Any]) -> list[Curve]:
 )
 def _rates(result: dict[str, Any]) -> Figure:
     figure, (axis,) = panels(1, 3.6, 2.5)
-    ends = rates.draw(axis, {METHODS[m]: (HUES[m], searched(result, m)) for m in SEARCHED})
+    ends = runs.draw_rates(axis, {METHODS[m]: (HUES[m], searched(result, m)) for m in SEARCHED})
     for y, method in zip((0.04, 0.09), SEARCHED, strict=True):
-        lost = [rate for rate, found in rates.by_rate(searched(result, method)).items() if None in found]
+        lost = [rate for rate, found in runs.by_rate(searched(result, method)).items() if None in found]
         style: dict[str, Any] = {"color": HUES[method], "transform": axis.get_xaxis_transform(), "markersize": 4}
         axis.plot(lost, [y] * len(lost), "x", **style)
     axis.set_ylim(0, 4)
@@ -253,6 +244,65 @@ def _rates(result: dict[str, Any]) -> Figure:
     axis.set_ylabel(f"training loss after {result['short']} steps")
     name_ends(axis, [(min(value, 4.0), name, hue) for value, name, hue in ends])
     return figure
+
+
+def groups(model: SmallCNN) -> list[list[nn.Parameter]]:
+    """The parameters of each layer, a convolution with its norm, first layer first."""
+    blocks = [model.features[k : k + 3] for k in range(0, len(model.features), 3)]
+    return [list(block.parameters()) for block in [*blocks, model.classifier]]
+
+
+def gradients(model: SmallCNN, batch: Images, seed: int) -> tuple[float, list[Tensor]]:
+    """Loss and gradients of all parameters on a batch, with noise drawn by a seed; nothing is changed but running averages."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+    return loss.item(), list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def turns(model: SmallCNN, batch: Images, rate: float) -> dict[str, float]:
+    """How the gradient of a layer's weight changes when the layers before it take a step: cosine and relative length."""
+    old, new = copy.deepcopy(model), copy.deepcopy(model)
+    _, first = gradients(old, batch, 0)
+    places = {id(parameter): place for place, parameter in enumerate(old.parameters())}
+    layers, changed = groups(old), groups(new)
+    cosines, lengths = [], []
+    with torch.no_grad():
+        for parameter, gradient in zip(new.parameters(), first, strict=True):
+            parameter -= rate * gradient
+    for k in range(1, len(layers)):
+        mixed = copy.deepcopy(old)
+        with torch.no_grad():
+            for target, source in zip(groups(mixed)[:k], changed[:k], strict=True):
+                for parameter, value in zip(target, source, strict=True):
+                    parameter.copy_(value)
+        place = places[id(max(layers[k], key=Tensor.dim))]  # the weight, which a parametrization puts behind the bias
+        one, other = first[place].flatten(), gradients(mixed, batch, 1)[1][place].flatten()
+        cosines.append(F.cosine_similarity(one, other, dim=0).item())
+        lengths.append(((one - other).norm() / one.norm().clamp_min(1e-30)).item())
+    return {"turn": fmean(cosines), "change": fmean(lengths)}
+
+
+@torch.no_grad()
+def moments(model: SmallCNN, probe: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Means and deviations of the channels that enter each layer but the first, on images that stay the same."""
+    twin, found = copy.deepcopy(model), []
+    x = probe
+    for place, module in enumerate(twin.features):
+        x = module(x)
+        if place % 3 == 2:
+            found.append((x.mean(dim=(0, 2, 3)), x.std(dim=(0, 2, 3))))
+    return found
+
+
+def moved(before: Sequence[tuple[Tensor, Tensor]], after: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """How far means and deviations of layers' inputs have moved, in parts of the deviation; means over layers and channels."""
+
+    def part(which: int) -> float:
+        pairs = zip(before, after, strict=True)
+        return fmean(((b[which] - a[which]).abs() / a[1].clamp_min(1e-12)).mean().item() for a, b in pairs)
+
+    return {"mean": part(0), "deviation": part(1)}
 
 
 EXPERIMENT = Experiment(

@@ -12,18 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from normkit.lab.data.crossings import picture
-from normkit.lab.data.mesh import MeshSolid, volume
-from normkit.lab.data.solid import Solid, draw_points, find_solid, iou
+from normkit.lab.data.solid import MeshSolid, Solid, draw_points, find_solid, iou, picture, volume
 from normkit.lab.fields.radiance import encode, trunk_conditions
-from normkit.lab.models.occupancy import Kind, occupancy
+from normkit.lab.models.nerf import Kind, occupancy
 from normkit.lab.models.rows import Scale, scale_rows
 from normkit.lab.record import write_bytes
 from normkit.lab.seeding import reseed
 from normkit.lab.sweep import Work
 from normkit.lab.train.cost import RATE, Costs, Step, measure_steps
-from normkit.lab.train.images import Stream
-from normkit.lab.train.walk import OK, Diverged, descend, device, walk
+from normkit.lab.train.images import OK, Stream, descend, device, walk
 
 _JUDGES = 100_000  # points that judge, the same for every run
 _JUDGE_SEED, _CHOOSER_SEED = 2**31, 2**31 + 1
@@ -34,11 +31,7 @@ _SHOWN = 160  # cells per side of the surface of an analytic shape, for its pict
 
 @dataclass(frozen=True)
 class OccupancyJob(Work, path="{0.subject}/{0.row}/rate={0.rate:g}/seed={0.seed}"):
-    """What to train, and how: a solid, a row's name, recipe and activation, and the scale of the trunk's rows.
-
-    The rest are the published settings: half of the `points` lie near the surface, `batch` of them are a step, `every` epochs lie
-    between measurements, and the surface is extracted on `grid` cells per side.
-    """
+    """What to train, and how: a solid, a row's recipe and activation, the scale of its trunk, and published settings."""
 
     solid: str
     row: str
@@ -48,12 +41,12 @@ class OccupancyJob(Work, path="{0.subject}/{0.row}/rate={0.rate:g}/seed={0.seed}
     scale: Scale = ""
     width: int = 256
     depth: int = 4
-    points: int = 1_000_000
-    batch: int = 50_000
+    points: int = 1_000_000  # half of them near the surface
+    batch: int = 50_000  # of them per step
     epochs: int = 200
     rate: float = 1e-4
-    every: int = 5
-    grid: int = 512
+    every: int = 5  # epochs between measurements
+    grid: int = 512  # cells per side of the surface that is extracted
 
     @property
     def subject(self) -> str:
@@ -61,11 +54,7 @@ class OccupancyJob(Work, path="{0.subject}/{0.row}/rate={0.rate:g}/seed={0.seed}
 
 
 def learn_solid(job: OccupancyJob, folder: Path) -> dict[str, Any]:
-    """Trains an occupancy field, extracts its surface to ``mesh.ply`` and ``mesh.obj``, and resumes from a checkpoint.
-
-    The loss is binary cross-entropy of the logits; a point counts as inside at a probability above 1/2. ``iou`` is of 100,000
-    points anywhere, ``iou_near`` of as many near the surface; by ``iou_held``, of 20,000 others, a rate can be chosen.
-    """
+    """Trains an occupancy field, and extracts its surface to ``mesh.ply`` and ``mesh.obj``; ``iou_held`` chooses rates."""
     solid, here = find_solid(job.solid), device()
     model = _begin(job, here)
     points, inside = (part.to(here) for part in draw_points(solid, job.points, job.seed))
@@ -182,8 +171,6 @@ def _begin(job: OccupancyJob, here: torch.device) -> nn.Module:
 
 def _descend(model: nn.Module, optimizer: torch.optim.Optimizer, where: Tensor, truth: Tensor) -> Tensor:
     loss = functional.binary_cross_entropy_with_logits(model(where), truth.float())
-    if not torch.isfinite(loss):
-        raise Diverged
     descend(optimizer, loss)
     return loss
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from normkit.lab.data import sequences
-from normkit.lab.models.encoder import Encoder
+from normkit.lab.models.vit import Encoder
 from normkit.lab.seeding import reseed
 from normkit.lab.sweep import Work
-from normkit.lab.train.walk import Diverged, descend, device, walk
+from normkit.lab.train.images import descend, device, walk
 from normkit.residual import Scheme
 from normkit.schedules import linear_rate
 
@@ -81,7 +81,6 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
     else:
         optimizer = torch.optim.SGD(parameters, float(rate), momentum=0.9)
     warmup = round(WARMUP * job.steps) if job.warmup else 0
-    losses: list[float] = []
 
     def step(number: int) -> dict[str, float] | None:
         for group in optimizer.param_groups:
@@ -89,12 +88,7 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
         tokens, targets = (part.to(device()) for part in sequences.draw(job.task, BATCH, job.length, VOCABULARY))
         loss = loss_of(model, tokens, targets)
         descend(optimizer, loss)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise Diverged
-        if number % max(1, job.steps // POINTS):
-            return None
-        return {"loss": losses[-1]}
+        return None if number % max(1, job.steps // POINTS) else {"loss": loss.item()}
 
     walked = walk(folder, job.steps, {"model": model, "optimizer": optimizer}, step, job.seed)
     reseed(job.seed, "test")
@@ -105,11 +99,9 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
 
 
 def look(job: Start, folder: Path) -> dict[str, Any]:
-    """Measures the gradient of each layer's second feed-forward weight at the start, as means of norms over initial weights.
-
-    ``token`` is of the loss at one place of one sequence, which the theory is about; ``batch`` of the mean over a batch, where
-    the gradients of places add up the more, the more alike the places have become.
-    """
+    """Measures the gradient of each layer's second feed-forward weight at the start, as means of norms over initial weights."""
+    # Theory is about the loss at one place of one sequence; in the mean over a batch the gradients of places add up the more,
+    # the more alike the places have become.
     found: dict[str, list[list[float]]] = {"token": [], "batch": []}
     for number in range(job.draws):
         reseed(job.seed, "start", number)

@@ -1,11 +1,15 @@
-"""Neural radiance fields: what colour and density a scene has at a point, seen from a direction."""
+"""Fields over space: what colour and density a scene has at a point, and whether a point lies inside a shape."""
 
+import math
 from collections.abc import Callable
+from itertools import pairwise
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from normkit.core.errors import OptionError
 from normkit.surgery.recipe import Recipe, apply_recipe
 
 Norm = Callable[[int], nn.Module]
@@ -17,11 +21,7 @@ class PositionalEncoding(nn.Module):
 
         x -> (x, sin x, cos x, sin 2x, cos 2x, ..., sin 2^(L-1) x, cos 2^(L-1) x),   L = bands; 0 gives x alone
 
-    Shape: ``(*, inputs)`` to ``(*, inputs (1 + 2 bands))``.
-
-    Reference:
-        Mildenhall et al. 2020, NeRF, https://arxiv.org/abs/2003.08934; the input itself and frequencies without pi as in
-        its published code, https://github.com/bmild/nerf
+    As in NeRF's published code, https://github.com/bmild/nerf: the input itself, and frequencies without pi.
     """
 
     frequencies: Tensor
@@ -38,14 +38,11 @@ class PositionalEncoding(nn.Module):
 
 
 class RadianceField(nn.Module):
-    """A multilayer perceptron from a point and a direction to colour and density, as in NeRF.
+    """A multilayer perceptron from points and unit directions ``(n, 3)`` to colours ``(n, 3)`` and raw densities ``(n,)``.
 
     The point's encoding goes through the trunk and comes in again after layer `skip`, counted from 0 (one past the trunk's end
     leaves it out); density is read from the trunk, colour from its features joined with the direction's encoding. `norm`
     builds what stands between each trunk layer and its ReLU.
-
-    Shape: points ``(n, 3)`` and unit directions ``(n, 3)`` to colours ``(n, 3)`` from 0 to 1 and raw densities ``(n,)``, of
-    which the positive part counts.
     """
 
     def __init__(self, width: int = 256, depth: int = 8, skip: int = 4, norm: Norm | None = None) -> None:
@@ -81,15 +78,73 @@ class NeRF(nn.Module):
 
 
 def nerf(recipe: str = "none", *, width: int = 256, depth: int = 8, skip: int = 4) -> NeRF:
-    """Makes a NeRF and gives its trunks the normalizations of a recipe.
-
-    ``"none"`` is the published network, ``"none+e@re:trunk"`` its E form, ``"none+wn@re:trunk"`` has weight normalization;
-    ``"bn"`` and ``"ln"`` normalize between each trunk layer and its ReLU.
-
-    Reference: Saratchandran, Wang, Lucey 2024, Weight conditioning, https://arxiv.org/abs/2409.03424
-    """
+    """Makes a NeRF whose trunks have the normalizations of a recipe; ``"bn"`` and ``"ln"`` stand between a layer and its ReLU."""
     norm = Recipe.parse(recipe).norm
     bare = norm is None or norm.name == "none"
     model = NeRF(width, depth, skip, norm=None if bare else nn.BatchNorm1d)
+    apply_recipe(model, recipe)
+    return model
+
+
+Kind = Literal["gaussian", "sine", "relu"]
+OCCUPANCY_BANDS = 8  # of the positional encoding
+
+
+class Gaussian(nn.Module):
+    """A bump, exp(-u^2 / (2 s^2)), s = spread; Ramasinghe and Lucey 2022, https://arxiv.org/abs/2111.15135."""
+
+    def __init__(self, spread: float = 0.09) -> None:
+        super().__init__()
+        self.spread = spread
+
+    def forward(self, u: Tensor) -> Tensor:
+        return torch.exp(u.square() * (-0.5 / self.spread**2))
+
+
+class Sine(nn.Module):
+    """A wave, sin(w u), w = frequency; Sitzmann et al. 2020, SIREN, https://arxiv.org/abs/2006.09661."""
+
+    def __init__(self, frequency: float = 30.0) -> None:
+        super().__init__()
+        self.frequency = frequency
+
+    def forward(self, u: Tensor) -> Tensor:
+        return torch.sin(self.frequency * u)
+
+
+class OccupancyField(nn.Module):
+    """A multilayer perceptron from points ``(n, 3)`` to logits ``(n,)`` of being inside; ReLU has an encoding before it."""
+
+    def __init__(self, kind: Kind = "gaussian", width: int = 256, depth: int = 4) -> None:
+        super().__init__()
+        if kind not in get_args(Kind):
+            raise OptionError(f"OccupancyField: kind={kind!r}; wanted one of {', '.join(map(repr, get_args(Kind)))}")
+        self.encoding = PositionalEncoding(OCCUPANCY_BANDS if kind == "relu" else 0)
+        sizes = [self.encoding.features, *[width] * depth]
+        self.trunk = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.last = nn.Linear(width, 1)
+        self.activation = {"gaussian": Gaussian, "sine": Sine, "relu": nn.ReLU}[kind]()
+        if kind == "sine":
+            self._start_waves(self.activation.frequency)
+
+    def forward(self, points: Tensor) -> Tensor:
+        h = self.encoding(points)
+        for layer in self.trunk:
+            h = self.activation(layer(h))
+        return self.last(h).squeeze(-1)
+
+    @torch.no_grad()
+    def _start_waves(self, frequency: float) -> None:
+        # SIREN's: the first layer spans the frequencies, every other keeps its input's distribution.
+        for number, layer in enumerate([*self.trunk, self.last]):
+            assert isinstance(layer, nn.Linear)
+            fan = layer.in_features
+            bound = 1 / fan if number == 0 else math.sqrt(6 / fan) / frequency
+            layer.weight.uniform_(-bound, bound)
+
+
+def occupancy(recipe: str = "none", kind: Kind = "gaussian", *, width: int = 256, depth: int = 4) -> OccupancyField:
+    """Makes an occupancy field and gives its layers the weight methods of a recipe, such as ``"none+e@re:trunk"``."""
+    model = OccupancyField(kind, width, depth)
     apply_recipe(model, recipe)
     return model

@@ -1,19 +1,107 @@
-"""What the figures of experiments share: how they are written, bands over seeds, and names at the ends of lines."""
+"""Figures: the look of a paper, colours of recipes, panels and scales, lines in bands over seeds, and how they are written."""
 
 import io
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import fmean
+from textwrap import wrap
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
 from normkit.lab.experiment import Drawing
 from normkit.lab.record import write_bytes
-from normkit.lab.report.canvas import LOOK, plain
-from normkit.lab.report.palette import BASELINE, HUES, MARKERS
+from normkit.lab.stats import Row, by_step, known
+
+Line = Literal["-", "--", "-.", ":"]
+BASELINE = ("#4a4a4a", "#c4c4c4")  # grey, so that what is compared with it stands out
+# Okabe and Ito's, https://jfly.uni-koeln.de/color, darkened or lightened to keep contrast with a light or a dark ground: people
+# with any common colour blindness tell them apart. Markers and dashes say the same once more, for print without colour.
+HUES = (
+    ("#0072b2", "#56a9e0"),
+    ("#d55e00", "#f0803c"),
+    ("#00896a", "#2fc59d"),
+    ("#a64d83", "#e08fc0"),
+    ("#b07900", "#e6a92b"),
+    ("#2f8fc4", "#8fd0f5"),
+)
+MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES: tuple[Line, ...] = ("-", "--", "-.", ":")
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one recipe is drawn: colours on a light and a dark ground, marker and dash by matplotlib's letters."""
+
+    light: str
+    dark: str
+    marker: str
+    line: Line
+
+
+def styles(names: list[str], baseline: str) -> list[Style]:
+    """A style for each recipe; hues, markers and dashes turn at different periods, so that few pairs repeat."""
+    chosen, others = [], 0
+    for index, name in enumerate(names):
+        light, dark = BASELINE if name == baseline else HUES[others % len(HUES)]
+        turn = 0 if name == baseline else others // len(HUES)
+        others += name != baseline
+        chosen.append(Style(light, dark, MARKERS[(index + turn) % len(MARKERS)], DASHES[turn % len(DASHES)]))
+    return chosen
+
+
+COLUMN = 3.4  # inches: one column of a two-column page
+FULL = 7.0
+DOTTED: Any = (0, (1, 1.2))
+NAME = 24  # letters per line of a name
+INK, FAINT, GRID = "#222222", "#8a8a8a", "#e3e3e3"
+LOOK: dict[Any, Any] = matplotlib.rc_params_from_file(
+    Path(__file__).with_name("paper.mplstyle"), use_default_template=False
+)
+
+
+def panels(count: int, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure with panels side by side."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False, **options)
+    return figure, list(axes[0])
+
+
+def log(*axes: Axes, limit: float | None = None) -> None:
+    """One log scale for panels that share it, with plain numbers where the range is short; beyond `limit` is cut off."""
+    lines = [line for axis in axes for line in axis.get_lines()]
+    drawn = [float(y) for line in lines for y in np.asarray(line.get_ydata(), float) if 0 < y <= (limit or math.inf)]
+    if not drawn:
+        return
+    low, high = min(drawn), max(drawn)
+    room = max(high / low, 1.2) ** 0.06
+    steps = (1, 2, 3, 5) if high / low < 12 else (1, 2, 5) if high / low < 300 else (1,)
+    for axis in axes:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=steps, numticks=12))
+        if high / low < 1e4 and low > 1e-4 and high < 1e5:
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.set_ylim(low / room, high * room)
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib must not read as mathematics."""
+    return text.replace("$", r"\$")
+
+
+def folded(name: str) -> str:
+    """A recipe's name as a label of a figure, in lines that leave room for what is drawn."""
+    return plain("\n".join(wrap(name, NAME)))
+
 
 DPI = 200
 FRAME, LAST = 80, 2500  # milliseconds for which a frame of what moves stays, and its last one
@@ -32,11 +120,7 @@ class Motion(NamedTuple):
 
 
 def save(figures: Iterable[Drawing], folder: Path, dpi: int | None = None) -> list[Path]:
-    """Draws figures in the look of the reports, and writes each as PNG and SVG, by which they are known to be ours.
-
-    What moves is written as GIF too, at half the resolution.
-    The same records and the same matplotlib give the same bytes.
-    """
+    """Draws figures in the look of the reports, and writes each as PNG and SVG, by which they are known to be ours."""
     written = []
     for figure in figures:
         with matplotlib.rc_context({**matplotlib.rcParamsDefault, **LOOK}):
@@ -78,11 +162,7 @@ def band(
 
 
 def name_ends(axis: Axes, ends: Sequence[tuple[float, str, str]], gap: float = 0.055) -> None:
-    """Names lines at the right edge of a panel, moved apart where they would overlap.
-
-    `ends` are value, name and colour of each line, on an axis whose limits and scale are final; `gap` is the least
-    distance between names, in parts of the panel's height.
-    """
+    """Names lines (value, name, colour) at the right edge of a panel whose limits are final, `gap` of its height apart."""
     low, high = axis.get_ylim()
     scale = axis.yaxis.get_transform()
     bottom, top, *values = (float(y) for y in scale.transform([low, high, *(value for value, _, _ in ends)]))
@@ -101,3 +181,72 @@ def name_ends(axis: Axes, ends: Sequence[tuple[float, str, str]], gap: float = 0
         at[k] = min(at[k], at[k + 1] - gap)
     for y, (_, name, colour) in zip(at, places, strict=True):
         axis.text(1.01, y, plain(name), color=colour, transform=axis.transAxes, va="center", fontsize=7)
+
+
+End = tuple[float, str, str]
+
+
+class Curve(NamedTuple):
+    """Runs that make one line."""
+
+    name: str  # at the line's end
+    hue: str  # its colour
+    rows: Sequence[Sequence[Row]]  # of each run, with a key "step"
+    style: Mapping[str, Any] = {}  # of the line
+
+
+def along(axis: Axes, curves: Iterable[Curve], value: Callable[[Row], float | None], x: str = "step") -> list[End]:
+    """Draws means over seeds along training, in bands from the lowest seed to the highest; a row of None is left out."""
+    ends = []
+    for name, hue, rows, style in curves:
+        steps, middle, low, high = by_step(rows, value)
+        if steps:
+            band(axis, steps, middle, low, high, color=hue, **style)
+            ends.append((middle[-1], name, hue))
+    axis.set_xlabel(x)
+    axis.margins(x=0)
+    axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    return ends
+
+
+def across(axis: Axes, name: str, hue: str, values: Mapping[float, Iterable[float | None]], **style: Any) -> list[End]:
+    """Draws means over seeds at each value of a setting, in a band from lowest to highest; gives the line's end, if any."""
+    found = {place: known(some) for place, some in values.items()}
+    found = {place: some for place, some in found.items() if some}
+    if not found:
+        return []
+    middle = [fmean(some) for some in found.values()]
+    low, high = ([pick(some) for some in found.values()] for pick in (min, max))
+    band(axis, list(found), middle, low, high, **{"color": hue, "marker": "o", "markersize": 3, **style})
+    return [(middle[-1], name, hue)]
+
+
+def dots(axis: Axes, y: float, values: Iterable[float | None], hue: str) -> None:
+    """Draws a dot per seed on a row, and a bar at their mean."""
+    there = known(values)
+    axis.plot(there, [y] * len(there), "o", color=hue, markersize=3, alpha=0.5, markeredgewidth=0)
+    if there:
+        axis.plot([fmean(there)], [y], "|", color=hue, markersize=9, markeredgewidth=1.8)
+
+
+def rows_of(axis: Axes, names: Sequence[str]) -> None:
+    """Names the rows of a panel, the first on top, with a grid across them."""
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.45, -0.55)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="y", visible=False)
+    axis.grid(axis="x", visible=True)
+
+
+def marked(axis: Axes, places: Iterable[float], base: float = 10) -> None:
+    """Gives a logarithmic x axis a tick at each place and none elsewhere."""
+    places = list(places)
+    axis.set_xscale("log", base=base)
+    axis.set_xticks(places, [f"{place:g}" for place in places])
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.tick_params(axis="x", which="minor", bottom=False)
+
+
+def key(hue: str, **style: Any) -> Line2D:
+    """An entry of a legend."""
+    return Line2D([], [], color=hue, **style)

@@ -24,11 +24,7 @@ def time_table(
     scale: float = 100.0,
     notes: Sequence[str] = (),
 ) -> Table:
-    """The table of what a step costs, and of scores after all of training and after the baseline's time.
-
-    `costs`, of :func:`normkit.lab.train.cost.measure_steps`, are by row, the baseline first; ``score(row, count)`` gives
-    the scores after `count` epochs or steps, one per seed, where `count` is a multiple of `every`.
-    """
+    """The table of what a step costs, and of ``score(row, count)`` after all of training and after the baseline's time."""
     base = next(iter(costs))
     lines = []
     for name, cost in costs.items():
@@ -55,20 +51,13 @@ def time_table(
 
 
 def tell_ratio(cost: Mapping[str, Any]) -> str:
-    """Writes a step's time relative to the baseline's, with its interval where there is one.
-
-    >>> tell_ratio({"ratio": 1.06, "ratio_interval": (1.0204, 1.09)}), tell_ratio({"ratio": 1.0, "ratio_interval": None})
-    ('1.060 [1.020, 1.090]', '1.000')
-    """
+    """Writes a step's time relative to the baseline's, with its interval where there is one."""
     ends = cost["ratio_interval"]
     return f"{cost['ratio']:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")
 
 
 def within(length: int, ratio: float, every: int = 1, interval: Sequence[float] | None = None) -> int:
-    """Counts the epochs, or steps, that a method comes through in the baseline's time.
-
-    The count is a multiple of `every`, unless it is the whole run, as it is where the interval of the ratio holds 1.
-    """
+    """Counts the epochs or steps of a method in the baseline's time: all, where the ratio's interval holds 1, or a multiple."""
     if interval and interval[0] <= 1 <= interval[1]:
         return length
     reached = math.floor(length / ratio * (1 + SAME))
@@ -97,11 +86,7 @@ def rates_table(
 
 
 def edges(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Says of which rows the chosen rate is the smallest or the largest that was tried.
-
-    >>> edges([{"name": "BN", "edge": True}, {"name": "LN", "edge": False}])
-    ['The chosen rate is at the edge of those tried, a better one may lie beyond: BN.']
-    """
+    """Says of which rows the chosen rate is the smallest or the largest that was tried."""
     names = ", ".join(row["name"] for row in rows if row["edge"])
     return [f"The chosen rate is at the edge of those tried, a better one may lie beyond: {names}."] if names else []
 
@@ -115,11 +100,7 @@ def _tried(run: Tried | None, form: str, scale: float, unit: str) -> str | None:
 
 
 def lowered(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Says by how much conditioning lowered condition numbers at the end of training, if any run is left.
-
-    The runs' ``"curve"`` has rows with ``"raw_condition"`` and ``"condition"``; one with None at its end, as of a
-    singular weight, is left out.
-    """
+    """Says by how much conditioning lowered condition numbers at the end of training, if any run is left."""
     ends = [(run["curve"][-1]["condition"], run["curve"][-1]["raw_condition"]) for run in runs if run["curve"]]
     logs = [math.log(condition / raw) for condition, raw in ends if None not in (condition, raw)]
     if not logs:

@@ -10,9 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from normkit.diagnostics.activations import Signal
 from normkit.diagnostics.conditioning import WeightCondition
 from normkit.lab.experiment import Table
-from normkit.lab.report.bands import key, rows_of
-from normkit.lab.report.canvas import FULL, log, panels, plain
-from normkit.lab.report.drawing import COLOURS, GREY, SHAPES
+from normkit.lab.report.drawing import COLOURS, FULL, GREY, SHAPES, key, log, panels, plain, rows_of
 from normkit.lab.report.wording import number
 
 MODES = {"row": "row", "col": "column", "rowcol": "row-column"}

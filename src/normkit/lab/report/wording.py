@@ -128,10 +128,8 @@ def judge(recipe: dict[str, Any], baseline: str) -> str:
 
 
 def alike(recipe: dict[str, Any]) -> bool:
-    """Whether all seeds differ from the baseline by the same.
-
-    Scores come in whole samples, so a few seeds can agree to the last digit by chance: no spread to judge by.
-    """
+    """Whether all seeds differ from the baseline by the same."""
+    # Scores come in whole samples, so a few seeds can agree to the last digit by chance: no spread to judge by.
     low, high = finite(at(recipe, "paired.low")), finite(at(recipe, "paired.high"))
     return low is not None and low == high
 
@@ -198,12 +196,11 @@ def changed(rows: Iterable[str]) -> str:
         name, _, rest = row.partition(": ")
         kind, _, mode = rest.rpartition(" -> ")[2].partition("(")[0].strip().replace("_", " ").partition(":")
         kinds[f"{kind} ({mode})" if mode else kind].append(name)
-    return "\n".join(f"{kind} on {_layers(names)}" for kind, names in kinds.items())
-
-
-def _layers(names: Sequence[str]) -> str:
-    shown = names if len(names) < 4 else (names[0], "...", names[-1])
-    return f"{counted(len(names), 'layer')}: {', '.join(shown)}"
+    lines = []
+    for kind, names in kinds.items():
+        shown = names if len(names) < 4 else (names[0], "...", names[-1])
+        lines.append(f"{kind} on {counted(len(names), 'layer')}: {', '.join(shown)}")
+    return "\n".join(lines)
 
 
 def layer_names(result: dict[str, Any]) -> dict[str, str]:

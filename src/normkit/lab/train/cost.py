@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import nn
 
 from normkit.lab.data.split import Data
 from normkit.lab.memory import keep_memory, peak_bytes
@@ -80,26 +80,16 @@ def measure_steps(
     warm_up: int = 3,
     agree: Callable[[int], int] = int,
 ) -> dict[str, dict[str, Any]]:
-    """Times training steps side by side.
+    """Times training steps side by side, the baseline first.
 
     After a warm-up, each round takes one step of each in a reshuffled order, so that what slows the machine for a
     while slows all of them alike; medians and ratios are taken over rounds. On a CPU each step's tensors lie in other
     places of memory than the last one's: else a step would be faster or slower than its own copy throughout, by up to
-    5 %, for the sets of the cache that its tensors happen to share (Curtsinger and Berger 2013, "Stabilizer"). There the
-    process keeps its memory from one step to the next, as in training (:func:`~normkit.lab.memory.keep_memory`).
+    5 %, for the sets of the cache that its tensors happen to share (Curtsinger and Berger 2013, "Stabilizer"). `budget` is in
+    seconds; `agree` makes one number of rounds of those that the processes would do.
 
-    Args:
-        steps: by name, the baseline first.
-        device: where they run.
-        budget: seconds to aim at in all. Default: 8.
-        rounds: the fewest and the most. Default: (6, 60).
-        warm_up: steps of each before. Default: 3.
-        agree: makes one number of rounds of those that the processes would do. Default: there is one process.
-
-    Returns:
-        By name: ``ms_per_step`` (median), ``ms_quartiles``, ``ratio`` (median of a round's time over the baseline's in
-        that round), ``ratio_interval`` (its 95 % interval; None for the baseline and with fewer than 6 rounds),
-        ``mb_per_step`` (10^6 bytes, see :func:`~normkit.lab.memory.peak_bytes`) and ``rounds``.
+    Gives ``ms_per_step`` (median), ``ms_quartiles``, ``ratio`` (median of a round's time over the baseline's in that round),
+    ``ratio_interval`` (of 95 %; None for the baseline and with fewer than 6 rounds), ``mb_per_step`` (10^6 bytes) and ``rounds``.
     """
     if device.type == "cpu":
         keep_memory()
@@ -117,7 +107,9 @@ def measure_steps(
     shuffler = random.Random(0)
     for _ in range(count):
         for name in shuffler.sample(list(steps), len(steps)):
-            elsewhere = _blocks(shuffler, device)
+            # While blocks of random sizes are held, what is allocated lies in other places.
+            cpu = device.type == "cpu"
+            elsewhere = [torch.empty(shuffler.randrange(1, _BLOCK)) for _ in range(4)] if cpu else []
             times[name].append(1e3 * _seconds(steps[name].take, device))
             del elsewhere
     base = next(iter(times.values()))
@@ -133,11 +125,6 @@ def measure_steps(
         }
         for name, taken in times.items()
     }
-
-
-def _blocks(shuffler: random.Random, device: torch.device) -> list[Tensor]:
-    """Blocks of random sizes; while they are held, what is allocated lies in other places."""
-    return [torch.empty(shuffler.randrange(1, _BLOCK)) for _ in range(4)] if device.type == "cpu" else []
 
 
 def _seconds(step: Callable[[], object], device: torch.device) -> float:

@@ -1,20 +1,88 @@
-"""Classifiers of images in memory, for experiments with many short runs: data, batches, training and accuracy."""
+"""Training steps that go on after a stop as if there had been none, and short trainings of classifiers of images in memory."""
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normkit.core.errors import OptionError
+from normkit.lab import record
 from normkit.lab.data.split import Split
-from normkit.lab.seeding import epoch_order
+from normkit.lab.folder import CHECKPOINT, make
+from normkit.lab.memory import keep_memory
+from normkit.lab.seeding import epoch_order, reseed
+from normkit.lab.stats import DIVERGED, OK
 from normkit.lab.sweep import Work
-from normkit.lab.train.walk import Diverged, Walk, descend, device, walk
+
+PAUSE = 20.0  # seconds between checkpoints
+
+
+class Diverged(Exception):
+    """Raised by a step whose loss is no longer a number; the walk ends there."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What came of some steps."""
+
+    status: str  # "ok", or "diverged" where a step found no finite loss
+    steps: int
+    rows: list[dict[str, Any]]  # what steps gave, in order
+
+
+def walk(
+    folder: Path, steps: int, parts: Mapping[str, Any], step: Callable[[int], Mapping[str, Any] | None], seed: int
+) -> Walk:
+    """Does steps 1 to `steps`, from the last checkpoint in `folder` on, which stays until the result is written.
+
+    Before each step the global generators are seeded by `seed` and the step's number, so that what a step draws does not depend
+    on where the walk was interrupted. `parts` are what changes from step to step, by name, each with a state dict; what
+    `step` gives, if not None, is kept as a row, and it may raise :class:`Diverged`.
+    """
+    keep_memory()
+    make(folder)
+    path, done, rows = folder / CHECKPOINT, 0, []
+    if path.exists():
+        state = record.read_checkpoint(path, ("step", "rows", *parts))
+        done, rows = state["step"], state["rows"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    kept = time.monotonic()
+    for number in range(done + 1, steps + 1):
+        reseed(seed, "step", number)
+        try:
+            row = step(number)
+        except Diverged:
+            return Walk(DIVERGED, number, rows)
+        if row is not None:
+            rows.append({"step": number, **row})
+        if time.monotonic() - kept > PAUSE or number == steps:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            record.write_checkpoint(path, {"step": number, "rows": rows, **states})
+            kept = time.monotonic()
+    return Walk(OK, max(steps, done), rows)
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, finite: bool = True) -> None:
+    """Takes a step of an optimizer down a loss; one that is not finite ends the walk, where that is to be looked at."""
+    if finite and not torch.isfinite(loss):
+        raise Diverged
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 Images = tuple[Tensor, Tensor]
 CHUNK = 500
@@ -39,12 +107,8 @@ class Size(Work):
 
 @lru_cache(maxsize=2)
 def load(name: str, train: int | None = None, test: int | None = None, halve: bool = False) -> dict[str, Images]:
-    """Reads images and labels into memory, standardized, without augmentation.
-
-    CIFAR-10 is read from where ``NORMKIT_DATA`` says. Gives images (n, channels, height, width) and labels (n,) of
-    ``"train"``, ``"val"`` (500 of CIFAR-10 where train is subsampled) and ``"test"``, on the accelerator if there is
-    one; `halve` averages 2x2 pixels.
-    """
+    """Reads images (n, channels, height, width) and labels of each split, standardized, onto the accelerator if there is one."""
+    # CIFAR-10's "val" is 500 images where train is subsampled.
     if name == "cifar10":
         from normkit.lab.data.cifar import cifar10
 
@@ -63,11 +127,7 @@ def load(name: str, train: int | None = None, test: int | None = None, halve: bo
 
 
 class Stream:
-    """Training batches by their number, reshuffled for each epoch; what does not fill a batch is left out.
-
-    ``order(epoch)`` gives the rows of an epoch, counted from 1, as many each time; by default a permutation drawn by
-    the seed.
-    """
+    """Training batches by their number, reshuffled for each epoch; what does not fill a batch is left out."""
 
     def __init__(self, images: Images, batch: int, seed: int, order: Callable[[int], Tensor] | None = None) -> None:
         self.images, self.batch = images, batch
@@ -93,11 +153,7 @@ def fit(
     before: Callable[[float], None] = lambda part: None,
     every: int | None = None,
 ) -> Walk:
-    """Trains a classifier by SGD with momentum 0.9 and cosine decay of the rate, from its last checkpoint on.
-
-    ``before(part)`` is called before each step with the part of the rate that is left. Rows are the mean loss over
-    `every` steps, by default an epoch's.
-    """
+    """Trains a classifier by SGD with momentum 0.9 and cosine decay; ``before(part)`` hears what of the rate is left."""
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9)
     steps, losses = epochs * stream.per_epoch, Tally(stream.images[0].device)
     every = every or stream.per_epoch
@@ -110,7 +166,7 @@ def fit(
             group["lr"] = rate * part
         x, y = stream(number)
         loss = F.cross_entropy(model(x), y)
-        descend(optimizer, loss)
+        descend(optimizer, loss, finite=False)  # which would wait for the device at every step
         losses.total += loss.detach().double()
         if number % every and number % LOOK_EVERY:
             return None

@@ -13,17 +13,16 @@ from torch import nn
 from torch.nn import functional
 
 from normkit.lab import record
+from normkit.lab.data.augment import Standardize
 from normkit.lab.data.split import Data, Split
-from normkit.lab.data.standardize import Standardize
-from normkit.lab.models.rows import unit_rows
-from normkit.lab.models.variants import scale_by_norm
+from normkit.lab.models.rows import scale_by_norm, unit_rows
 from normkit.lab.progress import tell
 from normkit.lab.protocol import DATA, MODELS, load_factory, make_data, make_model
 from normkit.lab.seeding import init_sha256, order_sha256, reseed, tensors_sha256
 from normkit.lab.settings import Settings
 from normkit.lab.sweep import CURE, Work
 from normkit.lab.train.cost import Costs, measure_costs
-from normkit.lab.train.fabric import start_fabric
+from normkit.lab.train.parallel import start_fabric
 from normkit.lab.train.trainer import METRICS, METRICS_FILE, Trainer
 from normkit.surgery.condition import condition
 from normkit.surgery.recipe import apply_recipe
@@ -87,11 +86,7 @@ class Same(Work, path="{0.base.subject}/same"):
 
 
 def folder_name(name: str) -> str:
-    """Makes a folder's name of a row's.
-
-    >>> folder_name("BN + E, two layers")
-    'bn+e-two-layers'
-    """
+    """Makes a folder's name of a row's."""
     name = name.lower().replace(" + ", "+")
     words = "".join(letter if letter.isalnum() or letter == "+" else " " for letter in name).split()
     return "-".join(words)

@@ -1,15 +1,23 @@
-"""A model on its devices: compiled, copied to every process or sharded among them; its state whole either way."""
+"""Lightning Fabric, a model on its devices, copied to every process or sharded among them, and the average of its weights."""
 
 import copy
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
+from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from normkit.core.errors import OptionError
 from normkit.gradients.muon import Muon
+from normkit.lab.memory import keep_memory
 from normkit.lab.settings import Settings
+from normkit.lab.sweep import Group
 
 BLOCKS = (nn.Sequential, nn.ModuleList)
 
@@ -25,10 +33,7 @@ class Placed:
     sharded: bool  # each process holds a part of every weight
 
     def state(self) -> dict[str, Any]:
-        """Gives the state of model and optimizer; where it is sharded: whole, on the CPU, to the first process, {} to others.
-
-        Every process must ask for it.
-        """
+        """Gives the state of model and optimizer; where it is sharded: whole, on the CPU, to the first process, {} to others."""
         if not self.sharded:
             return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
@@ -86,12 +91,7 @@ def make_optimizer(model: nn.Module, settings: Settings, rate: float) -> torch.o
 
 
 def shard(model: nn.Module, mesh: Any) -> nn.Module:
-    """Shards a model among processes: each block of its sequences, and what is left as a whole.
-
-    Its own children that are an ``nn.Sequential`` or ``nn.ModuleList`` hold its blocks.
-
-    Reference: Zhao et al. 2023, PyTorch FSDP, https://arxiv.org/abs/2304.11277
-    """
+    """Shards a model among processes: each block of the sequences that are its children, and what is left as a whole."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -105,3 +105,116 @@ def shard(model: nn.Module, mesh: Any) -> nn.Module:
                 fully_shard(block, mesh=line)
     fully_shard(model, mesh=line)
     return model
+
+
+T = TypeVar("T")
+
+
+class Processes(Group):
+    """The processes of a Fabric, which do each job together."""
+
+    def __init__(self, fabric: Fabric) -> None:
+        self.fabric, self.first = fabric, fabric.is_global_zero
+
+    def share(self, make: Callable[[], T]) -> T:
+        """Gives to all what `make` gives to the first process, which alone calls it."""
+        if self.fabric.world_size == 1:
+            return make()
+        return self.fabric.broadcast(make() if self.first else None)  # pyright: ignore[reportReturnType]
+
+
+def start_fabric(settings: Settings) -> Fabric:
+    """Starts Fabric on the devices asked for; under torchrun it joins the processes that torchrun made."""
+    keep_memory()
+    devices: str | int = int(settings.devices) if settings.devices.lstrip("-").isdigit() else settings.devices
+    nodes = 1
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # On a CPU "auto" is one process, whatever torchrun started.
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        devices = local if devices == "auto" else devices
+        nodes = int(os.environ["WORLD_SIZE"]) // local
+    strategy: Any = settings.strategy
+    if strategy == "fsdp":
+        # Fabric's own FSDP strategy is for GPUs alone.
+        strategy = ModelParallelStrategy(shard)
+    try:
+        fabric = Fabric(
+            accelerator=settings.accelerator,
+            strategy=strategy,
+            devices=devices,
+            num_nodes=nodes,
+            precision=settings.precision,  # pyright: ignore[reportArgumentType]
+        )
+        fabric.launch()
+    except Exception as error:
+        asked = f"accelerator={settings.accelerator}, devices={settings.devices}, precision={settings.precision}"
+        raise OptionError(f"Lightning Fabric can't start with {asked}: {error}") from error
+    if settings.batch_size % fabric.world_size:
+        raise OptionError(
+            f"batch_size {settings.batch_size} does not split among {fabric.world_size} processes; "
+            f"wanted a multiple of {fabric.world_size}"
+        )
+    return fabric
+
+
+class Average:
+    """Follows a model's parameters, and the running statistics of its norms, and takes their place when it is judged.
+
+        average <- d * average + (1 - d) * value,   d = min(decay, (1 + n) / (10 + n)) at step n
+
+    The smaller decay of the first steps, that of TensorFlow's ExponentialMovingAverage, lets the average forget the initial
+    weights. Averages are held in single precision at least: in half of it, steps of a thousandth round to none. What a weight
+    parametrization keeps for itself, such as the vectors of spectral norm, and counters are not averaged.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.live: dict[str, Tensor] = dict(model.named_parameters())
+        self.live |= {
+            name: buffer
+            for name, buffer in model.named_buffers()
+            if buffer.is_floating_point() and "parametrizations." not in name
+        }
+        with torch.no_grad():
+            self.values = {
+                name: tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+                for name, tensor in self.live.items()
+            }
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Moves the average towards the model's values."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, tensor in self.live.items():
+            value = self.values[name]
+            value.lerp_(tensor.to(value.dtype), 1.0 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Puts the average into the model, and the model's own values back at the end."""
+        own = {name: tensor.detach().clone() for name, tensor in self.live.items()}
+        self._fill(self.values)
+        try:
+            yield
+        finally:
+            self._fill(own)
+
+    @torch.no_grad()
+    def _fill(self, values: dict[str, Tensor]) -> None:
+        for name, tensor in self.live.items():
+            tensor.copy_(values[name])
+
+    def state(self) -> dict[str, Tensor]:
+        """Gives the average, whole where it is sharded. Every process must ask for it."""
+        return {
+            name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in self.values.items()
+        }
+
+    @torch.no_grad()
+    def load(self, values: dict[str, Tensor]) -> None:
+        """Takes over what :meth:`state` gave."""
+        for name, value in self.values.items():
+            given = values[name].to(value.device)
+            if isinstance(value, DTensor):
+                given = distribute_tensor(given, value.device_mesh, value.placements)
+            value.copy_(given)

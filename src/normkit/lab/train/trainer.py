@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,14 +15,63 @@ from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record, task
 from normkit.lab.data.split import Data, Inputs, Split, take
 from normkit.lab.folder import CHECKPOINT, make
-from normkit.lab.schema import COUNT, NUMBER, POSITIVE, each, fields, maybe, named
+from normkit.lab.record import COUNT, NUMBER, POSITIVE, each, fields, maybe, named
 from normkit.lab.seeding import apart, epoch_order, generator, reseed
 from normkit.lab.settings import Settings
 from normkit.lab.stats import DIVERGED, OK
-from normkit.lab.train.average import Average
-from normkit.lab.train.curves import Curves
-from normkit.lab.train.parallel import Placed, keep_whole, place
-from normkit.lab.train.schedule import rate_at
+from normkit.lab.train.parallel import Average, Placed, keep_whole, place
+from normkit.schedules import linear_rate
+
+# Where the step schedule takes the rate down, as parts of the run, and by how much.
+STEPS, FACTOR = (0.5, 0.75), 0.1
+
+
+def rate_at(settings: Settings, rate: float, step: int, steps: int) -> float:
+    """Gives the learning rate of a step, counted from 0.
+
+    Over ``warmup`` epochs the rate rises in equal steps: ``rate * (step + 1) / warm``. With t the part of what follows
+    that is done, it then is ``rate`` (constant), ``rate * (1 + cos(pi t)) / 2`` (cosine), or ``rate`` times 0.1 for each
+    half and three quarters of the whole run that are over (step).
+    """
+    warm = round(settings.warmup / settings.epochs * steps)
+
+    def after(done: int) -> float:
+        if settings.schedule == "constant":
+            return 1.0
+        if settings.schedule == "step":
+            return FACTOR ** sum(step >= part * steps for part in STEPS)
+        return 0.5 * (1.0 + math.cos(math.pi * done / max(steps - warm, 1)))
+
+    # linear_rate counts from 1, and `after` what has been done.
+    return rate * linear_rate(step + 1, warm, lambda done: after(done - 1))
+
+
+SHOWN = ("rate", "train_loss", "val_loss", "val_score")
+
+
+def write_curves(writer: Any, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes epochs of a run as TensorBoard reads them."""
+    for row in rows:
+        for name in SHOWN:
+            writer.add_scalar(name, row[name], row["epoch"])
+        for layer, pair in row["condition"].items():
+            for kind, value in zip(("raw", "effective"), pair, strict=True):
+                if value is not None:
+                    writer.add_scalar(f"condition_{kind}/{layer}", value, row["epoch"])
+    writer.flush()
+
+
+def curve_writer(folder: Path) -> Any:
+    """A writer for TensorBoard; what was there is replaced, so that a run that was resumed has one curve."""
+    try:
+        from torch.utils.tensorboard.writer import SummaryWriter
+    except ModuleNotFoundError:
+        cure = "pip install 'normkit[tensorboard]'"
+        raise OptionError(f"--tensorboard needs TensorBoard, which is not installed; {cure}") from None
+    for path in folder.glob("events.out.tfevents.*"):
+        path.unlink()
+    return SummaryWriter(str(folder))
+
 
 # A loss is looked at only so often, because looking waits for the device.
 LOOK_EVERY = 20
@@ -63,11 +112,7 @@ def validation(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Trainer:
-    """Trains one run from its beginning or from its last checkpoint.
-
-    ``metrics`` and ``timing`` have a row per epoch; ``marks`` are what each test sample adds to the score, when
-    training is over. Rank zero alone writes into the folder.
-    """
+    """Trains one run from its beginning or from its last checkpoint."""
 
     def __init__(
         self,
@@ -96,18 +141,15 @@ class Trainer:
         self.metrics: list[dict[str, Any]] = []
         self.timing: list[dict[str, Any]] = []
         self.marks = torch.zeros(0)
-        self.curves = Curves(curves) if curves is not None and fabric.is_global_zero else None
+        self.curves = curve_writer(curves) if curves is not None and fabric.is_global_zero else None
 
     def train(self, on_epoch: Callable[[int, float | None], None] = lambda epoch, score: None) -> dict[str, Any]:
-        """Trains to the end and gives the run's result; the first process writes metrics and timing.
-
-        `on_epoch` is called after each epoch, and once for those found done, with the epoch and its validation score.
-        """
+        """Trains to the end and gives the run's result; the first process writes metrics and timing."""
         if self.fabric.is_global_zero:
             make(self.folder)
         self._resume()
         if self.curves:
-            self.curves.add(self.metrics)
+            write_curves(self.curves, self.metrics)
         if self.metrics:
             on_epoch(len(self.metrics), self.metrics[-1]["val_score"])
         status = OK
@@ -147,7 +189,7 @@ class Trainer:
         )
         self._save(epoch)
         if self.curves:
-            self.curves.add(self.metrics[-1:])
+            write_curves(self.curves, self.metrics[-1:])
         return True
 
     def _pass(self, epoch: int) -> float:

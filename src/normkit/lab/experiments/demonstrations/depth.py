@@ -24,10 +24,9 @@ from normkit.activations.layer_norm import LayerNorm
 from normkit.activations.rms_norm import RMSNorm
 from normkit.catalogue.methods import method
 from normkit.diagnostics.activations import activations
-from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.report.bands import End
-from normkit.lab.report.canvas import FULL, panels
-from normkit.lab.report.drawing import COLOURS, GREY, name_ends
+from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.experiments.runs import drawings, drawn
+from normkit.lab.report.drawing import COLOURS, FULL, GREY, End, name_ends, panels
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import where
 from normkit.surgery.data_dependent_init import data_dependent_init
@@ -102,7 +101,6 @@ def drift(detached: bool, steps: int = STEPS) -> list[list[float]]:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Measures every network once, and the drift."""
     depth, width, samples = SIZES[bench.scale]
     rows = []
     for activation, norm, scale in itertools.product(ACTIVATIONS, NORMS, SCALES):
@@ -116,7 +114,6 @@ def run(bench: Bench) -> dict[str, Any]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Slopes, and the drift."""
     lines, columns = [], ["norm", *(f"{what}, s = {scale:g}" for what in MEASURED for scale in SCALES)]
     for norm, activation in itertools.product(NORMS, ACTIVATIONS):
         rows = where(result["rows"], activation=activation, norm=norm)
@@ -135,7 +132,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """Slopes without and with a norm, and the drift."""
     plain = where(result["rows"], activation="ReLU", norm="none")
     told = ", ".join(f"{slope(row['activations']):+.3f} at s = {row['scale']:g}" for row in plain)
     inside = [row for row in where(result["rows"], activation="ReLU") if row["norm"] not in ("none", "input alone")]
@@ -153,29 +149,14 @@ def remarks(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def figures(result: dict[str, Any]) -> list[Drawing]:
-    """Depth, and drift."""
-    return [
-        Drawing(
-            "depth",
-            lambda: draw(result),
-            "Standard deviation of activations (above) and of gradients (below) along the depth of a ReLU network, weights "
-            "starting at a half (left), one (middle) and two times He's (right). Activations fall or rise by decades in "
-            "networks without a norm inside alone, and stay level at every start in the others; gradients of BatchNorm, "
-            "and less so of weight norm, grow towards the input, whatever the start.",
-        ),
-        Drawing(
-            "drift",
-            lambda: draw_drift(result),
-            "Shift b and scale a of a layer whose output is normalized next, and the loss, along descent. With the "
-            "gradient through the statistics nothing moves (grey); with the statistics held constant both grow (colour) "
-            "while the loss does not change.",
-        ),
-    ]
-
-
-def draw(result: dict[str, Any]) -> Figure:
-    """Scales along depth."""
+@drawn(
+    "depth",
+    "Standard deviation of activations (above) and of gradients (below) along the depth of a ReLU network, weights "
+    "starting at a half (left), one (middle) and two times He's (right). Activations fall or rise by decades in "
+    "networks without a norm inside alone, and stay level at every start in the others; gradients of BatchNorm, "
+    "and less so of weight norm, grow towards the input, whatever the start.",
+)
+def _draw(result: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(FULL, 3.6), layout="constrained")
     grid = figure.subplots(2, len(SCALES), sharex=True, sharey="row")
     ends: list[End] = []
@@ -194,8 +175,13 @@ def draw(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def draw_drift(result: dict[str, Any]) -> Figure:
-    """Shift, scale and loss along descent."""
+@drawn(
+    "drift",
+    "Shift b and scale a of a layer whose output is normalized next, and the loss, along descent. With the "
+    "gradient through the statistics nothing moves (grey); with the statistics held constant both grow (colour) "
+    "while the loss does not change.",
+)
+def _draw_drift(result: dict[str, Any]) -> Figure:
     figure, axes = panels(3, FULL, 1.9)
     ends: list[End] = []
     for axis, place, title in zip(axes, (1, 0, 2), ("shift b", "scale a", "loss"), strict=True):
@@ -213,5 +199,5 @@ def draw_drift(result: dict[str, Any]) -> Figure:
 EXPERIMENT = Experiment(
     "depth", "demo", "Scale through depth, and gradients through statistics",
     "Normalization inside a network keeps the scale of features through its depth, and is trained by backpropagation end to end.",
-    method("batch_norm").paper, run, tables, figures, remarks, ("tiny", "small"),
+    method("batch_norm").paper, run, tables, drawings(_draw, _draw_drift), remarks, ("tiny", "small"),
 )  # fmt: skip

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from normkit.catalogue.methods import method
-from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.experiments.runs import drawings, drawn
 from normkit.lab.experiments.theory.quadratic import descend, largest_stable
-from normkit.lab.report.canvas import FULL
-from normkit.lab.report.drawing import COLOURS, Motion
+from normkit.lab.report.drawing import COLOURS, FULL, Motion
 from normkit.lab.report.wording import ABSENT
 from normkit.preprocessing.feature_scaling import ZScore
 from normkit.preprocessing.whitening import Whitening
@@ -59,11 +59,7 @@ def steps_to(h: Tensor, start: Tensor, rate: float) -> int:
 
 
 def logistic_steps(x: Tensor, y: Tensor, limit: int) -> int | None:
-    """The steps of a logistic unit until its excess loss is below a thousandth of the first; None beyond the limit.
-
-    The rate is 1 / lambda_max of the bound H/4 on its Hessian, and a little for the penalty. Newton's method finds the
-    least loss.
-    """
+    """The steps of a logistic unit until its excess loss is below a thousandth of the first; None beyond the limit."""
     w = torch.zeros(2, dtype=x.dtype)
 
     def loss(w: Tensor) -> Tensor:
@@ -86,7 +82,6 @@ def logistic_steps(x: Tensor, y: Tensor, limit: int) -> int | None:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Measures every stage."""
     x = inputs(bench.seeds[0])
     labels = (ZScore().fit(x)(x) @ torch.tensor([1.0, -1.0], dtype=x.dtype) > 0.2).double()
     rows = []
@@ -104,7 +99,6 @@ def run(bench: Bench) -> dict[str, Any]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Every stage."""
     lines = []
     for row in result["stages"]:
         measured = (f"{row[key]:.4g}" for key in ("condition", "predicted", "stable"))
@@ -118,7 +112,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """Rates and condition numbers."""
     kappas = ", ".join(f"{row['stage']} {row['condition']:.3g}" for row in result["stages"])
     return [
         f"The largest stable rate is 2 / λ max within {100 * result['off']:.1g} % at every stage.",
@@ -126,19 +119,15 @@ def remarks(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def figures(result: dict[str, Any]) -> list[Drawing]:
-    """One animation."""
-    caption = (
-        f"Descent of a linear unit at rate 1 / lambda_max in {FRAMES} steps, on inputs raw and after each step of "
-        "normalization. Level lines are of the loss, about the best weights (cross); axes are the eigenvectors of the "
-        "Hessian, both in units of the steep direction's width, and the flat one is cut off: on raw inputs the path falls "
-        "across the valley and then stands still. Equalized inputs give circles, and one step suffices."
-    )
-    return [Drawing("stages", lambda: draw(result), caption, moves=True)]
-
-
-def draw(result: dict[str, Any]) -> Motion:
-    """Descent at every stage."""
+@drawn(
+    "stages",
+    f"Descent of a linear unit at rate 1 / lambda_max in {FRAMES} steps, on inputs raw and after each step of "
+    "normalization. Level lines are of the loss, about the best weights (cross); axes are the eigenvectors of the "
+    "Hessian, both in units of the steep direction's width, and the flat one is cut off: on raw inputs the path falls "
+    "across the valley and then stands still. Equalized inputs give circles, and one step suffices.",
+    moves=True,
+)
+def _draw(result: dict[str, Any]) -> Motion:
     figure = Figure(figsize=(FULL, 1.25), layout="constrained")
     paths = []
     u, v = torch.meshgrid(torch.linspace(-3, 3, 121), torch.linspace(-1.5, 1.5, 61), indexing="xy")
@@ -167,5 +156,5 @@ def draw(result: dict[str, Any]) -> Motion:
 EXPERIMENT = Experiment(
     "input-normalization", "demo", "Input normalization, step by step",
     "Inputs with mean 0, without correlation and of equal variance make gradient descent faster.",
-    method("whitening").paper, run, tables, figures, remarks, ("tiny", "small"),
+    method("whitening").paper, run, tables, drawings(_draw), remarks, ("tiny", "small"),
 )  # fmt: skip

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.experiments.runs import drawings, drawn
 from normkit.lab.experiments.theory.quadratic import descend
-from normkit.lab.report.canvas import FULL
-from normkit.lab.report.drawing import COLOURS, Motion
+from normkit.lab.report.drawing import COLOURS, FULL, Motion
 
 CURVATURES = ((1.0, 25.0), (1.0, 1.0))
 RATES = (0.02, 0.075, 0.079, 0.081)
@@ -24,7 +24,6 @@ START, STEPS, FRAMES = (10.0, 2.0), 400, 40
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Descends with every pair of curvatures at every rate."""
     rows, one = [], torch.eye(2, dtype=torch.float64)
     for curvatures, rate in itertools.product(CURVATURES, RATES):
         a, start = torch.tensor(curvatures, dtype=torch.float64), torch.tensor(START, dtype=torch.float64)
@@ -38,7 +37,6 @@ def run(bench: Bench) -> dict[str, Any]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Factors, and what came of them."""
     lines = []
     for row in result["rows"]:
         given, factors = (f"{v:g}" for v in (*row["curvatures"], row["rate"])), (f"{v:.3f}" for v in row["factors"])
@@ -48,7 +46,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """The threshold."""
     first = [row for row in result["rows"] if tuple(row["curvatures"]) == CURVATURES[0]]
     stable = max(row["rate"] for row in first if row["converges"])
     lost = min(row["rate"] for row in first if not row["converges"])
@@ -58,19 +55,15 @@ def remarks(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def figures(result: dict[str, Any]) -> list[Drawing]:
-    """One animation."""
-    caption = (
-        f"Gradient descent on a quadratic from the same start, step by step to step {FRAMES}, at three rates (columns). "
-        "Above, curvatures 1 and 25: at 0.02 the flat direction crawls, at 0.075 the steep one oscillates, at 0.081 it "
-        "diverges, as 2/25 = 0.08. Below, both curvatures 1, as after normalization: the path is straight at any of these "
-        "rates. Level lines are of the loss."
-    )
-    return [Drawing("descent", lambda: draw(result), caption, moves=True)]
-
-
-def draw(result: dict[str, Any]) -> Motion:
-    """Trajectories over level lines."""
+@drawn(
+    "descent",
+    f"Gradient descent on a quadratic from the same start, step by step to step {FRAMES}, at three rates (columns). "
+    "Above, curvatures 1 and 25: at 0.02 the flat direction crawls, at 0.075 the steep one oscillates, at 0.081 it "
+    "diverges, as 2/25 = 0.08. Below, both curvatures 1, as after normalization: the path is straight at any of these "
+    "rates. Level lines are of the loss.",
+    moves=True,
+)
+def _draw(result: dict[str, Any]) -> Motion:
     figure = Figure(figsize=(FULL, 3.3), layout="constrained")
     grid = figure.subplots(len(CURVATURES), len(SHOWN), sharex=True, sharey=True)
     u, v = torch.meshgrid(torch.linspace(-12, 12, 81), torch.linspace(-4, 4, 61), indexing="xy")
@@ -99,5 +92,5 @@ def draw(result: dict[str, Any]) -> Motion:
 EXPERIMENT = Experiment(
     "learning-rate", "demo", "One learning rate for all directions",
     "One rate serves all weights, so the direction of the largest curvature limits it and the others crawl.",
-    None, run, tables, figures, remarks, ("tiny", "small"),
+    None, run, tables, drawings(_draw), remarks, ("tiny", "small"),
 )  # fmt: skip

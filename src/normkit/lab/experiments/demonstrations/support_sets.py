@@ -10,12 +10,12 @@ import torch
 
 from normkit.catalogue.drawing import Cube, slides, together
 from normkit.catalogue.methods import method
-from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.report.canvas import FULL
+from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.experiments.runs import drawings, drawn
+from normkit.lab.report.drawing import FULL
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Differentiates the five layers."""
     found = slides()
     return {"pictures": [[cube.name, cube.title, cube.reached.int().tolist(), list(cube.labels)] for cube in found]}
 
@@ -28,7 +28,6 @@ def cubes(result: dict[str, Any]) -> list[Cube]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """How many elements share a statistic, and along which axes."""
     lines = []
     for cube in cubes(result):
         count = int(cube.reached.sum())
@@ -40,7 +39,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """The two LayerNorms."""
     found = {cube.name: int(cube.reached.sum()) for cube in cubes(result)}
     return [
         f"LayerNorm in a ConvNet has one statistic per sample ({found['slide_layer_norm_convnet']} elements), in a "
@@ -48,17 +46,17 @@ def remarks(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def figures(result: dict[str, Any]) -> list[Drawing]:
-    """The pictures."""
-    caption = (
-        "A tensor of three samples as a cube for five layers. The output at the orange element depends on the elements in "
-        "blue and on itself alone, as automatic differentiation finds; they are its support set."
-    )
-    return [Drawing("support-sets", lambda: together(cubes(result), 3, FULL / 3), caption)]
+@drawn(
+    "support-sets",
+    "A tensor of three samples as a cube for five layers. The output at the orange element depends on the elements in "
+    "blue and on itself alone, as automatic differentiation finds; they are its support set.",
+)
+def _cubes(result: dict[str, Any]) -> Any:
+    return together(cubes(result), 3, FULL / 3)
 
 
 EXPERIMENT = Experiment(
     "support-sets", "demo", "Five layers by their support sets",
     "Variants of normalization differ in the elements that share a mean and a variance.",
-    method("group_norm").paper, run, tables, figures, remarks, ("tiny", "small"),
+    method("group_norm").paper, run, tables, drawings(_cubes), remarks, ("tiny", "small"),
 )  # fmt: skip

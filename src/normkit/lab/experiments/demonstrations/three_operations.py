@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 
 from normkit.activations.batch_norm import batch_norm
 from normkit.core.moments import moments
-from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.report.canvas import FAINT, FULL
-from normkit.lab.report.drawing import COLOURS, Motion
+from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.experiments.runs import drawings, drawn
+from normkit.lab.report.drawing import COLOURS, FAINT, FULL, Motion
 
 X = (((4.0, 6.0, 8.0), (1.0, 1.5, 2.0)), ((10.0, 12.0, 14.0), (2.5, 3.0, 5.0)))  # samples, channels, positions
 EPS = 1e-5
@@ -25,7 +25,6 @@ FRAMES = 12  # of a move from stage to stage
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Does the three operations."""
     x = torch.tensor(X, dtype=torch.float64)
     found = moments(x, (0, 2))
     weight, bias = (found.var + EPS).sqrt().flatten(), found.mean.flatten()
@@ -37,7 +36,6 @@ def run(bench: Bench) -> dict[str, Any]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Every number."""
     lines = []
     for n, c in itertools.product(range(len(X)), range(len(X[0]))):
         stages = (" ".join(f"{value:.3g}" for value in stage[n][c]) for stage in result["stages"])
@@ -54,22 +52,17 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What is restored."""
     return [f"With its deviation as weight and its mean as bias the input is restored within {result['error']:.1g}."]
 
 
-def figures(result: dict[str, Any]) -> list[Drawing]:
-    """One animation."""
-    caption = (
-        "The six values of each channel (rows) on a line: as they are, centred, divided by their deviation, and "
-        "compensated by weight and bias, which brings them back. Filled dots are of the first sample, hollow ones of the "
-        "second; grey lines mark 0 and one deviation on either side after normalization."
-    )
-    return [Drawing("operations", lambda: draw(result), caption, moves=True)]
-
-
-def draw(result: dict[str, Any]) -> Motion:
-    """Values that move from stage to stage."""
+@drawn(
+    "operations",
+    "The six values of each channel (rows) on a line: as they are, centred, divided by their deviation, and "
+    "compensated by weight and bias, which brings them back. Filled dots are of the first sample, hollow ones of the "
+    "second; grey lines mark 0 and one deviation on either side after normalization.",
+    moves=True,
+)
+def _draw(result: dict[str, Any]) -> Motion:
     figure = Figure(figsize=(FULL, 2.2), layout="constrained")
     axes = figure.subplots(len(X[0]), 1, sharex=True)
     stages = torch.tensor(result["stages"], dtype=torch.float64)
@@ -101,5 +94,5 @@ def draw(result: dict[str, Any]) -> Motion:
 EXPERIMENT = Experiment(
     "three-operations", "demo", "The three operations of a normalization",
     "Compute mean and variance, normalize by them, compensate by a linear transform.",
-    None, run, tables, figures, remarks, ("tiny", "small"),
+    None, run, tables, drawings(_draw), remarks, ("tiny", "small"),
 )  # fmt: skip

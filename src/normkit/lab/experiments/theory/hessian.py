@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normkit.diagnostics.curvature import Reading, hessian_condition
-from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments.classification import PAPER
-from normkit.lab.report.bands import Curve, along
-from normkit.lab.report.canvas import FAINT, FULL, log, panels
-from normkit.lab.report.drawing import COLOURS, SEEDS, name_ends
+from normkit.lab.experiments.runs import drawings, drawn
+from normkit.lab.report.drawing import COLOURS, FAINT, FULL, SEEDS, Curve, along, log, name_ends, panels
 from normkit.lab.seeding import reseed
 from normkit.lab.train.images import load
 
@@ -46,15 +45,11 @@ class Measured:
 
     @property
     def path(self) -> str:
-        """The folder."""
         return f"random/seed={self.seed}" if self.random else f"descent/seed={self.seed}"
 
 
 def example() -> tuple[nn.Module, Tensor, Tensor]:
-    """A linear layer whose Hessian has the condition number 1.84, and 105.6 with E held constant.
-
-    Inputs have the second moments diag(1.84, 1), rows the squared norms 746 and 13.
-    """
+    """A linear layer whose Hessian has the condition number 1.84, and 105.6 with E held constant."""
     layer = nn.Linear(2, 2, bias=False).double()
     layer.weight.data = torch.tensor([[25.0, 11.0], [3.0, 2.0]], dtype=torch.float64)
     x = torch.tensor([[(2 * 1.84) ** 0.5, 0.0], [0.0, 2**0.5]], dtype=torch.float64)
@@ -100,7 +95,6 @@ def measure(job: Measured, folder: Path) -> dict[str, Any]:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Measures the example, random networks, and networks along training."""
     count, steps = SIZES[bench.scale]
     jobs = [Measured(bench.seeds[0], random=count), *(Measured(seed, steps=steps) for seed in bench.seeds)]
     drawn, *trained = (found["rows"] for found in bench.sweep(measure, jobs))
@@ -114,7 +108,6 @@ def improved(rows: list[dict[str, float]], mode: str) -> int:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """The example, random networks, and along training."""
     before, looks = result["example"]["before"], [row for run in result["runs"] for row in run["rows"]]
     lines = []
     for mode, name in READINGS.items():
@@ -131,7 +124,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What fails."""
     before, drawn = result["example"]["before"], result["random"]
     told = ", ".join(f"{improved(drawn, mode)} ({name})" for mode, name in READINGS.items())
     return [
@@ -143,18 +135,13 @@ def remarks(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def figures(result: dict[str, Any]) -> list[Drawing]:
-    """One figure."""
-    caption = (
-        "The condition number of the loss's Hessian with conditioned weights by that without, in three readings of the "
-        "theorem that it is at most 1 (line): for random networks, sorted (left), and along the descent of a network on "
-        f"digits that has no E (right); there {SEEDS}."
-    )
-    return [Drawing("readings", lambda: draw(result), caption)]
-
-
-def draw(result: dict[str, Any]) -> Figure:
-    """Ratios of random networks and along training."""
+@drawn(
+    "readings",
+    "The condition number of the loss's Hessian with conditioned weights by that without, in three readings of the "
+    "theorem that it is at most 1 (line): for random networks, sorted (left), and along the descent of a network on "
+    f"digits that has no E (right); there {SEEDS}.",
+)
+def _draw(result: dict[str, Any]) -> Figure:
     figure, (left, right) = panels(2, FULL, 2.6)
     ends, runs = [], [run["rows"] for run in result["runs"]]
     for (mode, name), hue in zip(READINGS.items(), COLOURS, strict=False):
@@ -175,5 +162,5 @@ def draw(result: dict[str, Any]) -> Figure:
 EXPERIMENT = Experiment(
     "hessian", "theory", "The Hessian of the loss with conditioned weights",
     "Conditioned weights make the condition number of the loss's Hessian no larger, where it has full rank.",
-    PAPER, run, tables, figures, remarks, ("tiny", "small"),
+    PAPER, run, tables, drawings(_draw), remarks, ("tiny", "small"),
 )  # fmt: skip

@@ -16,11 +16,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.diagnostics.spectrum import condition_of
+from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments.classification import PAPER
-from normkit.lab.experiments.theory.van_der_sluis import conditions
-from normkit.lab.report.canvas import FAINT, FULL, panels
-from normkit.lab.report.drawing import COLOURS, band
+from normkit.lab.experiments.runs import drawings, drawn
+from normkit.lab.report.drawing import COLOURS, FAINT, FULL, band, panels
 
 SHAPES = {"10×64, a classifier": (10, 64), "64×64": (64, 64), "64×27, a first convolution": (64, 27)}
 SPREADS = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
@@ -35,12 +35,11 @@ def weights(shape: tuple[int, int], spread: float, count: int, seed: int) -> Ten
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Equilibrates weights of every shape and spread."""
     rows = []
     for (name, shape), spread in itertools.product(SHAPES.items(), SPREADS):
         drawn = weights(shape, spread, DRAWS[bench.scale], bench.seeds[0])
-        before = conditions(drawn)
-        ratio = conditions(torch.nn.functional.normalize(drawn, dim=2)) / before
+        before = condition_of(torch.linalg.svdvals(drawn))
+        ratio = condition_of(torch.linalg.svdvals(torch.nn.functional.normalize(drawn, dim=2))) / before
         found = ratio.quantile(torch.tensor([0.05, 0.5, 0.95, 1], dtype=torch.float64)).tolist()
         row = dict(zip(("low", "middle", "high", "worst"), found, strict=True))
         row |= {"before": before.median().item(), "better": (ratio < 1).double().mean().item()}
@@ -49,7 +48,6 @@ def run(bench: Bench) -> dict[str, Any]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Every shape and spread."""
     forms = {"spread": "g", "before": ".3g", "middle": ".3g", "worst": ".3g", "better": ".0%"}
     lines = [[row["shape"], *(format(row[key], form) for key, form in forms.items())] for row in result["rows"]]
     columns = ("weight", "spread of rows", "κ(W)", "κ(EW)/κ(W)", "at worst", "better")
@@ -57,7 +55,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """Where it helps."""
     said = []
     for name in SHAPES:
         rows = {row["spread"]: row for row in result["rows"] if row["shape"] == name}
@@ -69,19 +66,14 @@ def remarks(result: dict[str, Any]) -> list[str]:
     return said
 
 
-def figures(result: dict[str, Any]) -> list[Drawing]:
-    """One figure."""
-    caption = (
-        "What row equilibration does to the condition number of a weight, as the ratio of after to before, against the "
-        "spread of its row norms (standard deviation of their logarithms); medians, in bands from the 5th to the 95th "
-        "percentile of draws. Above 1 it makes the condition number worse. Look at the left end, which is a standard "
-        "initialization."
-    )
-    return [Drawing("rows", lambda: draw(result), caption)]
-
-
-def draw(result: dict[str, Any]) -> Figure:
-    """The change against the spread of rows."""
+@drawn(
+    "rows",
+    "What row equilibration does to the condition number of a weight, as the ratio of after to before, against the "
+    "spread of its row norms (standard deviation of their logarithms); medians, in bands from the 5th to the 95th "
+    "percentile of draws. Above 1 it makes the condition number worse. Look at the left end, which is a standard "
+    "initialization.",
+)
+def _draw(result: dict[str, Any]) -> Figure:
     figure, axes = panels(len(SHAPES), FULL, 2.3, sharey=True)
     for axis, hue, name in zip(axes, COLOURS, SHAPES, strict=False):
         rows = [row for row in result["rows"] if row["shape"] == name]
@@ -98,5 +90,5 @@ def draw(result: dict[str, Any]) -> Figure:
 EXPERIMENT = Experiment(
     "proposition-1", "theory", "Row equilibration of network weights",
     "Row equilibration never raises the condition number of a network's weight.",
-    PAPER, run, tables, figures, remarks, ("tiny", "small"),
+    PAPER, run, tables, drawings(_draw), remarks, ("tiny", "small"),
 )  # fmt: skip

@@ -19,10 +19,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from normkit.diagnostics.conditioning import condition_number
-from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments.classification import PAPER
-from normkit.lab.report.canvas import FULL, panels
-from normkit.lab.report.drawing import COLOURS, GREY, name_ends
+from normkit.lab.experiments.runs import drawings, drawn
+from normkit.lab.report.drawing import COLOURS, FULL, GREY, name_ends, panels
 
 SIZE, FOLLOWED, ENOUGH, STEPS = 6, 40, 1e-10, {"tiny": 200, "small": 30_000}
 
@@ -60,12 +60,7 @@ def eigenvalues(a: Tensor, p: Tensor) -> Tensor:
 def descend(
     a: Tensor, b: Tensor, p: Tensor, rate: float, steps: int, start: Tensor | None = None, enough: float = ENOUGH
 ) -> Tensor:
-    """The errors x_t - A^(-1)b of descent, (steps + 1, n) or fewer where they fall to a part of the first; from 0 by default.
-
-    >>> eye = torch.eye(2).double()
-    >>> descend(torch.tensor([1.0, 25.0]).double().diag(), 0 * eye[0], eye, 0.02, 2, 2 * eye[1])[:, 1].tolist()
-    [2.0, 1.0, 0.5]
-    """
+    """The errors x_t - A^(-1)b of descent, (steps + 1, n) or fewer where they fall to a part of the first; from 0 by default."""
     x, solution = torch.zeros_like(b) if start is None else start, torch.linalg.solve(a, b)
     found = [x - solution]
     while len(found) <= steps and found[-1].norm() > enough * found[0].norm():
@@ -82,11 +77,7 @@ def contraction(a: Tensor, b: Tensor, p: Tensor, rate: float, steps: int) -> flo
 
 
 def largest_stable(a: Tensor, steps: int = 2000) -> float:
-    """The largest rate at which the gradient does not grow in that many steps, by bisection.
-
-    >>> round(largest_stable(torch.tensor([[25.0, 0.0], [0.0, 1.0]], dtype=torch.float64)), 6)
-    0.08
-    """
+    """The largest rate at which the gradient does not grow in that many steps, by bisection."""
     low, high, start = 0.0, 8 / a.trace().item(), torch.linalg.eigh(a).eigenvectors.sum(1)
     for _ in range(40):
         rate = 0.5 * (low + high)
@@ -96,18 +87,20 @@ def largest_stable(a: Tensor, steps: int = 2000) -> float:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Descends in every form."""
     a, b = problem(bench.seeds[0])
     values, vectors = torch.linalg.eigh(a)
-    rate = 1.9 / values[-1].item()
+    rate, solution = 1.9 / values[-1].item(), torch.linalg.solve(a, b)
     y = descend(a, b, torch.eye(SIZE, dtype=a.dtype), rate, FOLLOWED) @ vectors
     measured, factors = (y[2] / y[0]).abs().sqrt() * (y[1] / y[0]).sign(), 1 - rate * values
     rows = []
     for name, p in preconditioners(a, bench.seeds[0]).items():
         low, *_, high = eigenvalues(a, p).tolist()
         best, predicted = 2 / (high + low), (high - low) / (high + low)
+        # How far the stationary point of (13) as printed is from the solution, in parts of it.
+        stationary = torch.linalg.solve(0.5 * (p @ a + a.T @ p.T), p.T @ b)
+        printed = ((stationary - solution).norm() / solution.norm()).item()
         row = {"name": name, "singular": condition_number(p @ a), "ratio": high / low, "predicted": predicted}
-        row |= {"measured": contraction(a, b, p, best, STEPS[bench.scale]), "printed": _printed(a, b, p)}
+        row |= {"measured": contraction(a, b, p, best, STEPS[bench.scale]), "printed": printed}
         rows.append({**row, "errors": descend(a, b, p, best, FOLLOWED).norm(dim=1).tolist()})
     return {
         "directions": [values.tolist(), factors.tolist(), measured.tolist()],
@@ -120,14 +113,7 @@ def run(bench: Bench) -> dict[str, Any]:
     }
 
 
-def _printed(a: Tensor, b: Tensor, p: Tensor) -> float:
-    # How far the stationary point of (13) as printed is from the solution, relative to it.
-    symmetric, solution = 0.5 * (p @ a + a.T @ p.T), torch.linalg.solve(a, b)
-    return ((torch.linalg.solve(symmetric, p.T @ b) - solution).norm() / solution.norm()).item()
-
-
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Directions, and forms."""
     lines = [[k, *(f"{v:.6g}" for v in row)] for k, row in enumerate(zip(*result["directions"], strict=True), 1)]
     keys = ("singular", "ratio", "predicted", "measured", "printed")
     forms = [[form["name"], *(f"{form[key]:.6g}" for key in keys)] for form in result["forms"]]
@@ -140,7 +126,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """How far predictions and measurements agree."""
     wrong = [form["name"] for form in result["forms"] if form["printed"] > 1e-6]
     return [
         f"Factors per step along the eigenvectors are 1 - ησᵢ within {result['apart']:.1g}.",
@@ -150,19 +135,14 @@ def remarks(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def figures(result: dict[str, Any]) -> list[Drawing]:
-    """One figure."""
-    caption = (
-        "Left: the error along each eigenvector of A under plain descent at rate 1.9 / s_1, in parts of the first (dots), "
-        "and what equation (7) predicts (lines); the flattest line is the smallest eigenvalue. Right: the whole error "
-        "under preconditioned descent, each form at its best rate; the inverse of A is done after one step. The order at "
-        "the right is that of the eigenvalue ratios of PA, not of its singular values."
-    )
-    return [Drawing("descent", lambda: draw(result), caption)]
-
-
-def draw(result: dict[str, Any]) -> Figure:
-    """Errors along directions, and of every form."""
+@drawn(
+    "descent",
+    "Left: the error along each eigenvector of A under plain descent at rate 1.9 / s_1, in parts of the first (dots), "
+    "and what equation (7) predicts (lines); the flattest line is the smallest eigenvalue. Right: the whole error "
+    "under preconditioned descent, each form at its best rate; the inverse of A is done after one step. The order at "
+    "the right is that of the eigenvalue ratios of PA, not of its singular values.",
+)
+def _draw(result: dict[str, Any]) -> Figure:
     figure, (left, right) = panels(2, FULL, 2.6)
     ends = []
     for k, (factor, errors) in enumerate(zip(result["directions"][1], result["errors"], strict=True)):
@@ -184,5 +164,5 @@ def draw(result: dict[str, Any]) -> Figure:
 EXPERIMENT = Experiment(
     "quadratic", "theory", "Gradient descent on a quadratic, with and without preconditioning",
     "The rate of gradient descent is set by the condition number, and a preconditioner that lowers it makes descent faster.",
-    PAPER, run, tables, figures, remarks, ("tiny", "small"),
+    PAPER, run, tables, drawings(_draw), remarks, ("tiny", "small"),
 )  # fmt: skip

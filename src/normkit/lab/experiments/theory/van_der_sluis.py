@@ -18,11 +18,10 @@ from torch import Tensor
 
 from normkit.diagnostics.conditioning import chi, condition_number
 from normkit.diagnostics.spectrum import condition_of
-from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments.classification import PAPER
-from normkit.lab.report.bands import marked
-from normkit.lab.report.canvas import FAINT, FULL, panels
-from normkit.lab.report.drawing import COLOURS
+from normkit.lab.experiments.runs import drawings, drawn
+from normkit.lab.report.drawing import COLOURS, FAINT, FULL, marked, panels
 from normkit.weights.weight_conditioning import equilibrate
 
 COUNTEREXAMPLE = ((1.0, 2.0, 3.0), (0.0, 0.0, 2.0), (2.0, 1.0, 3.0))
@@ -31,10 +30,7 @@ SIZES = {"tiny": (50, 2), "small": (20_000, 60)}  # matrices drawn of each size,
 
 
 def best_scaling(a: Tensor, steps: int = 200) -> tuple[float, Tensor]:
-    """The least condition number of DA over positive diagonal D that is found, and D's diagonal.
-
-    It is never above that of A or of its row equilibration, from which it starts.
-    """
+    """The least condition number of DA over positive diagonal D that is found, and D's diagonal."""
     found = []
     for start in (a.norm(dim=1).log().neg(), torch.zeros(len(a), dtype=a.dtype)):
         logs = start.clone().requires_grad_()
@@ -54,19 +50,7 @@ def best_scaling(a: Tensor, steps: int = 200) -> tuple[float, Tensor]:
     return min(found, key=lambda pair: pair[0])
 
 
-def draws(rows: int, count: int, seed: int) -> Tensor:
-    """Square matrices with entries from -3 to 3."""
-    made = torch.Generator().manual_seed(seed)
-    return torch.randint(-3, 4, (count, rows, rows), generator=made).double()
-
-
-def conditions(batch: Tensor) -> Tensor:
-    """Condition numbers, infinite for a singular matrix."""
-    return condition_of(torch.linalg.svdvals(batch))
-
-
 def run(bench: Bench) -> dict[str, Any]:
-    """Searches every size."""
     count, optimised = SIZES[bench.scale]
     a = torch.tensor(COUNTEREXAMPLE, dtype=torch.float64)
     least, d = best_scaling(a)
@@ -74,10 +58,11 @@ def run(bench: Bench) -> dict[str, Any]:
     example = {name: [condition_number(matrix), chi(matrix)] for name, matrix in forms.items()}
     rows = []
     for m in ROWS:
-        drawn = draws(m, count, bench.seeds[0])
-        before = conditions(drawn)
+        made = torch.Generator().manual_seed(bench.seeds[0])
+        drawn = torch.randint(-3, 4, (count, m, m), generator=made).double()
+        before = condition_of(torch.linalg.svdvals(drawn))
         drawn, before = drawn[before < math.inf], before[before < math.inf]
-        after = conditions(torch.nn.functional.normalize(drawn, dim=2))
+        after = condition_of(torch.linalg.svdvals(torch.nn.functional.normalize(drawn, dim=2)))
         ratios = (after / before).sort().values
         few = [(k.item(), best_scaling(one)[0]) for k, one in zip(after[:optimised], drawn[:optimised], strict=True)]
         # Rounding alone may change a condition number where E changes nothing.
@@ -88,7 +73,6 @@ def run(bench: Bench) -> dict[str, Any]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """The counterexample, and the search."""
     names = {"A": "A", "EA": "EA, unit rows", "DA": "DA, the best D that is found"}
     example = [[names[name], *(f"{value:.3f}" for value in pair)] for name, pair in result["example"].items()]
     lines = []
@@ -103,7 +87,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What fails and what holds."""
     before, after = result["example"]["A"], result["example"]["EA"]
     worse = ", ".join(f"{row['worse']} of {row['full rank']} ({row['rows']} rows)" for row in result["sizes"])
     return [
@@ -114,19 +97,14 @@ def remarks(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def figures(result: dict[str, Any]) -> list[Drawing]:
-    """One figure."""
-    caption = (
-        "Left: what row equilibration E does to the condition number of random matrices, as quantiles of the ratio of "
-        "after to before, for m rows; right of the point where a line crosses 1, E has made it worse, which the printed "
-        "theorem excludes. Right: how far E is from the best diagonal scaling that is found, a dot for each matrix, below "
-        "the bound, the root of m (bars)."
-    )
-    return [Drawing("search", lambda: draw(result), caption)]
-
-
-def draw(result: dict[str, Any]) -> Figure:
-    """Quantiles of the change, and the distance from the best."""
+@drawn(
+    "search",
+    "Left: what row equilibration E does to the condition number of random matrices, as quantiles of the ratio of "
+    "after to before, for m rows; right of the point where a line crosses 1, E has made it worse, which the printed "
+    "theorem excludes. Right: how far E is from the best diagonal scaling that is found, a dot for each matrix, below "
+    "the bound, the root of m (bars).",
+)
+def _draw(result: dict[str, Any]) -> Figure:
     figure, (left, right) = panels(2, FULL, 2.6)
     for row, hue in zip(result["sizes"], COLOURS, strict=False):
         left.plot(range(101), row["quantiles"], color=hue, label=f"m = {row['rows']}")
@@ -145,5 +123,5 @@ def draw(result: dict[str, Any]) -> Figure:
 EXPERIMENT = Experiment(
     "van-der-sluis", "theory", "Row equilibration against all diagonal scalings",
     "Among all diagonal preconditioners, the one that gives a matrix unit rows minimizes its condition number.",
-    PAPER, run, tables, figures, remarks, ("tiny", "small"),
+    PAPER, run, tables, drawings(_draw), remarks, ("tiny", "small"),
 )  # fmt: skip
