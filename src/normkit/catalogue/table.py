@@ -1,9 +1,9 @@
 """The table of methods as Markdown, kept up to date in the pages that show it.
 
-    python -m normkit.catalogue.table README.md docs/methods.md
+    python -m normkit.catalogue.table docs/methods.md
 
-writes it between the lines ``<!-- names -->`` (names alone), ``<!-- methods -->`` (a line each) or ``<!-- comparison -->``
-(with use cases, strengths and weaknesses) and ``<!-- end -->`` of each file, and entries.json with them.
+writes it between the lines ``<!-- methods -->`` (a line each) or ``<!-- comparison -->`` (with use cases, strengths and
+weaknesses) and ``<!-- end -->`` of each file, and entries.json with them.
 """
 
 import html
@@ -15,7 +15,7 @@ from normkit.catalogue.entry import write
 from normkit.catalogue.methods import METHODS
 from normkit.core.errors import NotationError
 
-_BLOCK = re.compile(r"(<!-- (names|methods|comparison) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- (methods|comparison) -->\n).*?(<!-- end -->)", re.DOTALL)
 _KINDS = {"input": "Data", "activation": "Activations", "weight": "Weights", "gradient": "Gradients"}
 
 
@@ -33,19 +33,6 @@ def methods_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def names_table() -> str:
-    """Write the names of all methods, a row per kind.
-
-    >>> names_table().splitlines()[3][:32]
-    '| activations | 50: `batch_norm`'
-    """
-    lines = ["| methods for | |", "|---|---|"]
-    for kind, title in _KINDS.items():
-        names = [f"`{card.name}`" for card in METHODS if card.kind == kind]
-        lines.append(f"| {title.lower()} | {len(names)}: {', '.join(names)} |")
-    return "\n".join(lines) + "\n"
-
-
 def comparison_table() -> str:
     """Write every method with use cases, strengths, weaknesses, and the properties that the tests check, a table per kind."""
     head = ["method", "formula", "use cases", "strengths", "weaknesses", "properties", "invariant to"]
@@ -55,23 +42,13 @@ def comparison_table() -> str:
         for card in METHODS:
             if card.kind != kind:
                 continue
-            flags = {
-                "batch": card.batch_dependent,
-                "running": card.running_state,
-                "two modes": not card.train_equals_eval,
-                "folds": card.foldable,
-            }
+            flags = {"batch": card.batch_dependent, "running": card.running_state}
+            flags |= {"two modes": not card.train_equals_eval, "folds": card.foldable}
             # A bar would end the cell: GitHub unescapes \\| within code, other readers of Markdown do not.
             formula = html.escape(card.formula, quote=False).replace("|", "&#124;")
-            cells = [
-                f"**{card.title}**<br>`{card.name}`",
-                f"<code>{formula}</code>",
-                card.use_cases,
-                card.strengths,
-                card.weaknesses,
-                ", ".join(name for name, flag in flags.items() if flag),
-                ", ".join(sorted(card.invariances)),
-            ]
+            said = ", ".join(name for name, flag in flags.items() if flag), ", ".join(sorted(card.invariances))
+            cells = [f"**{card.title}**<br>`{card.name}`", f"<code>{formula}</code>", card.use_cases]
+            cells += [card.strengths, card.weaknesses, *said]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
@@ -81,9 +58,9 @@ def with_tables(text: str) -> str:
     """Update the tables in a page's text."""
     if not _BLOCK.search(text):
         raise NotationError(
-            "no table here: wanted a line <!-- names -->, <!-- methods --> or <!-- comparison --> and after it <!-- end -->"
+            "no table here: wanted a line <!-- methods --> or <!-- comparison --> and after it <!-- end -->"
         )
-    tables = {"names": names_table, "methods": methods_table, "comparison": comparison_table}
+    tables = {"methods": methods_table, "comparison": comparison_table}
     return _BLOCK.sub(lambda match: match[1] + tables[match[2]]() + match[3], text)
 
 
