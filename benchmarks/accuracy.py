@@ -177,9 +177,10 @@ def main() -> None:
             rows[-1].append(_largest(own))
         print(" | ".join(rows[-1]), flush=True)
     worse = sum(c.excess() > 1 for c in found)
+    command = "python benchmarks/accuracy.py" + " --small" * options.small
     columns = ("layer", *(str(dtype).removeprefix("torch.") for dtype in DTYPES))
     text = (
-        f"{how('python benchmarks/accuracy.py')} The largest error against float64, in units in the last place of the largest "
+        f"{how(command)} The largest error against float64, in units in the last place of the largest "
         f"value, over inputs of means 0 to 10000 deviations and one with outliers, in both memory formats: forward; backward "
         f"(torch's). {worse} of {len(found)} cells err by over one unit more than torch.\n\n{table(columns, rows)}"
     )
