@@ -1,4 +1,5 @@
 // nk_forward and nk_backward: pointers are checked and types told apart, and weights come to the kernels in the accumulation type.
+#include "activation.h"
 #include "kernels.h"
 #include "plan.h"
 #include "room.h"
@@ -65,7 +66,8 @@ NkStatus backward(const NkPlan &plan, const void *dy, const void *dsum, const vo
     Room<A> weight_room, bias_room, dweight_room, dbias_room;
     Backward<T> call{static_cast<const T *>(dy),     static_cast<const T *>(dsum),          static_cast<const T *>(x), nullptr, nullptr,
                      static_cast<const A *>(center), static_cast<const A *>(inverse),       static_cast<T *>(dx),
-                     sums_of(dweight_room, plan, dweight), sums_of(dbias_room, plan, dbias)};
+                     sums_of(dweight_room, plan, dweight), sums_of(dbias_room, plan, dbias), plan.activation};
+    if (plan.parts & NK_OUTPUT) call.kind = plan.activation == NK_LEAKY_RELU ? LEAKY_OUTPUT : OUTPUT;
     NkStatus status = widen_into(weight_room, plan, weight, plan.offset, call.weight);
     if (status == NK_OK) status = widen_into(bias_room, plan, bias, 0, call.bias);
     if (status != NK_OK) return status;

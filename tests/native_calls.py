@@ -21,6 +21,7 @@ ACTIVATIONS: list[Callable[[Tensor], Tensor]] = [
     F.silu,
     F.gelu,
     lambda y: F.gelu(y, approximate="tanh"),
+    F.leaky_relu,
 ]
 
 

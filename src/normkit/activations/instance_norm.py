@@ -10,6 +10,7 @@ from normkit.core.errors import ShapeError
 from normkit.core.memory import RunningStatistics
 from normkit.core.rule import Rule
 from normkit.core.support import show
+from normkit.engine.call import Save
 from normkit.engine.dispatch import Activation, Backend, Explanation, run
 from normkit.engine.layer import Layer, channels_rule, check_channels, check_several, given_statistics
 
@@ -34,7 +35,10 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
         track_running_stats: whether there are running averages. Default: False.
         bias: False omits the bias. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
-        activation: fused activation: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
+        activation: fused activation: ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None.
+            Default: None.
+        save: what is kept for the backward pass: ``"input"``, or the ``"output"``, which a convolution or linear layer behind it
+            keeps anyway: the normalized input is then computed again from it. Default: "input".
         spatial: axes of positions: 1, 2 or 3 accepts inputs without a batch axis too, and refuses any other rank, as torch's
             InstanceNorm1d, 2d and 3d do; None accepts any rank, with a batch axis. Default: None.
 
@@ -44,6 +48,7 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
     Raises:
         ShapeError: a number of channels other than ``num_features``, a rank that ``spatial`` excludes, or a single position.
         OptionError: an unknown layout.
+        OptionError: with ``save="output"``, an activation that has no inverse or, in training, a gain too small to be undone.
 
     Reference:
         Ulyanov, Vedaldi, Lempitsky, "Instance Normalization: The Missing Ingredient for Fast Stylization" (2016),
@@ -54,7 +59,7 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
              [-1.0000,  1.0000]]])
     """
 
-    unusual: ClassVar = {"layout": "n c *", "spatial": None, "activation": None}
+    unusual: ClassVar = {"layout": "n c *", "spatial": None, "activation": None, "save": "input"}
 
     def __init__(
         self,
@@ -67,12 +72,13 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
         bias: bool = True,
         layout: str = "n c *",
         activation: Activation | None = None,
+        save: Save = "input",
         spatial: int | None = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)  # pyright: ignore[reportArgumentType]
-        self.activation, self.spatial, self.layout = activation, spatial, layout
+        self.activation, self.spatial, self.layout, self.save = activation, spatial, layout, save
         self.complete(bias)
 
     def make_rule(self) -> Rule:

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import check_options
+from normkit.core.errors import OptionError, check_options
 from normkit.core.module import trailing_sizes
 from normkit.core.place import one_of
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Guard, Statistic
+from normkit.engine.call import Save
 from normkit.engine.dispatch import Activation, Backend, run
 from normkit.engine.layer import Cast, Layer, check_features, features_support
 from normkit.engine.reference import activate
@@ -57,7 +58,10 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
         cast: when a half type is rounded: ``"after weight"`` rounds once at the end, ``"before weight"`` rounds the
             normalized input to the input's dtype before multiplying. In float32 and float64 both are the same.
             Default: "after weight".
-        activation: fused activation: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
+        activation: fused activation: ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None.
+            Default: None.
+        save: what is kept for the backward pass: ``"input"``, or the ``"output"``, which a convolution or linear layer behind it
+            keeps anyway: the normalized input is then computed again from it. Default: "input".
 
     Shape:
         (*, *normalized_shape), or (N, C, *) with ``over``; the output has the same shape, in the input's dtype.
@@ -65,6 +69,7 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
     Raises:
         ShapeError: the input does not end in ``normalized_shape``, or has another number of channels.
         OptionError: an unknown ``over``, ``guard`` or ``cast``.
+        OptionError: with ``save="output"``, an activation that has no inverse or, in training, a gain too small to be undone.
 
     Reference:
         Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), https://arxiv.org/abs/1910.07467.
@@ -89,14 +94,17 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
         offset: float = 0.0,
         cast: Cast = "after weight",
         activation: Activation | None = None,
+        save: Save = "input",
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         shape = trailing_sizes("RMSNorm", normalized_shape)
         check_features("RMSNorm", shape, over, None)
         check_options("RMSNorm", cast=(cast, Cast))
+        if save == "output" and cast != "after weight":
+            raise OptionError(f'RMSNorm: save="output" can\'t undo cast={cast!r}, which rounds twice; use save="input"')
         super().__init__(shape, eps, elementwise_affine, device=device, dtype=dtype)
-        self.activation = activation
+        self.activation, self.save = activation, save
         self.over, self.offset, self.cast = over, offset, cast
         self.guard: Guard = guard
         self.register_parameter("bias", nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if bias else None)
@@ -119,7 +127,14 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
         return activate(_rounded_first(self.rule, input, self.weight, self.bias, mask, self.backend), self.activation)
 
     def extra_repr(self) -> str:
-        options = {"over": None, "guard": "inside", "offset": 0.0, "cast": "after weight", "activation": None}
+        options = {
+            "over": None,
+            "guard": "inside",
+            "offset": 0.0,
+            "cast": "after weight",
+            "activation": None,
+            "save": "input",
+        }
         return super().extra_repr() + (", bias=True" if self.bias is not None else "") + self.repr_options(**options)
 
 

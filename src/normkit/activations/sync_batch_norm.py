@@ -44,7 +44,8 @@ class SyncBatchNorm(Layer, TorchBatchNorm):
         process_group: the processes that share statistics. Default: all.
         bias: False omits the bias. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
-        activation: what follows: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
+        activation: what follows: ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None.
+            Default: None.
 
     Shape:
         (N, C, *) or, with channels last, (N, *, C); the output has the same shape. N may differ between processes, and be 0.

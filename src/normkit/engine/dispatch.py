@@ -51,7 +51,7 @@ def run(
             instead of the input's own.
         training: whether the input's own statistics are used. Without ``running`` they always are.
         mask: boolean, broadcasts over x; elements where it is False enter no statistic and become zero.
-        activation: fused activation: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None.
+        activation: fused activation: ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None.
         backend: ``"auto"`` chooses; a back end by name runs or raises, without falling back to another.
 
     Returns:

@@ -13,7 +13,7 @@ from normkit.core.module import Module
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Guard, Scale, Statistic
 from normkit.core.support import Support, show
-from normkit.engine.call import Activation, Backend, Call, Output
+from normkit.engine.call import Activation, Backend, Call, Output, Save
 from normkit.engine.choose import Explanation, kept
 from normkit.engine.dispatch import explained, perform_by
 from normkit.engine.guard import calm
@@ -29,12 +29,14 @@ class Layer(Module):
     """Mixin of every layer that is one rule: ``forward`` runs the rule with the module's parameters and buffers.
 
     A subclass defines ``make_rule`` and ``check``. The attribute ``backend`` is ``"auto"`` unless set; ``explain(x)`` says what
-    would run. The attribute ``activation`` is applied in the same pass: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or
-    None.
+    would run. The attribute ``activation`` is applied in the same pass: ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"``,
+    ``"gelu"``, ``"gelu_tanh"`` or None. The attribute ``save`` says what is kept for the backward pass, ``"input"`` or
+    ``"output"``.
     """
 
     backend: Backend = "auto"
     activation: Activation | None = None
+    save: Save = "input"
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     running_mean: Tensor | None
@@ -96,7 +98,8 @@ class Layer(Module):
             if by_own and not own.get("track_running_stats", False):
                 running = None
         return Call(
-            self.rule, input, weight, bias, residual, running, by_own, mask, self.activation, False, self.backend
+            *(self.rule, input, weight, bias, residual, running, by_own, mask),
+            *(self.activation, False, self.backend, self.save),
         )
 
     def _perform(self, call: Call) -> Output:
@@ -130,13 +133,29 @@ class Layer(Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "activation":
             check_activation(value)
-            if value is not None and not _activates(type(self)):
+            if value is not None and not _takes(type(self), name):
                 raise OptionError(
                     f"{type(self).__name__}: activation={value!r} would be ignored, as this layer does not fuse one; "
                     "add the activation after it"
                 )
+            self._check_save(self.save, value)
+        if name == "save":
+            self._check_save(value, self.activation)
         self._forget()
         super().__setattr__(name, value)
+
+    def _check_save(self, save: Save, activation: str | None) -> None:
+        who = type(self).__name__
+        check_options(who, save=(save, Save))
+        if save == "input":
+            return
+        if not _takes(type(self), "save"):
+            raise OptionError(f'{who}: save="output" would be ignored, as this layer keeps its input; leave it out')
+        if activation not in (None, "leaky_relu"):
+            raise OptionError(
+                f'{who}: save="output" can\'t undo activation={activation!r}, which maps several inputs to one output; '
+                'wanted None or "leaky_relu", or save="input"'
+            )
 
     def __delattr__(self, name: str) -> None:
         self._forget()
@@ -203,9 +222,9 @@ class Layer(Module):
         return explained(self._call(input, None))
 
 
-def _activates(kind: type) -> bool:
-    """Whether layers of a class apply their activation: they inherit ``forward``, or take the activation as an argument."""
-    return kind.forward is Layer.forward or "activation" in inspect.signature(kind.__init__).parameters
+def _takes(kind: type, option: str) -> bool:
+    """Whether layers of a class heed an option: they inherit ``forward``, or take the option as an argument."""
+    return kind.forward is Layer.forward or option in inspect.signature(kind.__init__).parameters
 
 
 def check_layout(who: str, layout: str) -> str:

@@ -22,7 +22,7 @@ class FrozenBatchNorm(nn.Module):
         num_features: channels C.
         eps: added to the variance. Default: 1e-5.
         layout: ``"n c *"`` or ``"n * c"``. Default: "n c *".
-        activation: what follows: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
+        activation: what follows: ``"relu"``, ``"leaky_relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
         device: of the buffers.
         dtype: of the buffers.
 
