@@ -59,8 +59,8 @@ void pull_constant(const G *g, const T *x, const T *dsum, T *dx, int64_t n, Pull
 template <class T> class ConstantGain : SegmentsBackward<T> {
     using Base = SegmentsBackward<T>;
     using typename Base::A, typename Base::Prepared;
-    using Base::call, Base::center, Base::curved, Base::gradients, Base::inverse, Base::of_output, Base::parameters, Base::plan, Base::pull_of, Base::pulled,
-        Base::runs, Base::saved, Base::streamed;
+    using Base::call, Base::center, Base::curved, Base::gradients, Base::inverse, Base::of_output, Base::parameters, Base::plan, Base::pull_of,
+        Base::pulled, Base::runs, Base::saved, Base::streamed;
 
   public:
     ConstantGain(const NkPlan &plan, const Backward<T> &call) : Base(plan, call) {}

@@ -111,7 +111,7 @@ template <class T> class VaryingGain : SegmentsBackward<T> {
     using typename Base::A, typename Base::Prepared;
     using Base::call, Base::center, Base::curved, Base::gradients, Base::parameters, Base::plan, Base::pull_of, Base::pulled, Base::runs,
         Base::saved, Base::streamed;
-    std::vector<A> ones;              // a gain, where there is a bias alone
+    std::vector<A> ones;             // a gain, where there is a bias alone
     std::vector<A> biases, ungains;  // of an output
 
   public:
@@ -120,8 +120,8 @@ template <class T> class VaryingGain : SegmentsBackward<T> {
         if (!saved) return;
         biases.assign(std::size_t(plan.parameters), A(0)), ungains.assign(std::size_t(plan.parameters), A(1));
         for (int64_t p = 0; p < plan.parameters; ++p) {
-            if (call.bias) biases[p] = call.bias[p];
-            if (call.weight) ungains[p] = 1 / call.weight[p];
+            if (call.bias) biases[p] = this->call.bias[p];
+            if (call.weight) ungains[p] = 1 / this->call.weight[p];
         }
     }
 

@@ -159,3 +159,13 @@ def test_contexts() -> None:
     y.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_accelerate_hands_it_to_the_layers() -> None:
+    class NormReLU(nn.LayerNorm):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).relu()
+
+    done = nk.accelerate(nn.Sequential(nn.LayerNorm(8), NormReLU(8)), save="output")
+    assert [norm.save for norm in done.model] == ["output", "input"]
+    assert "keeps its input" in str(done)

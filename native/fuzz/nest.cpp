@@ -146,6 +146,23 @@ struct Case {
     double shift(int64_t p) const { return bias ? bias[p] : 0; }
 };
 
+// Rows as whole numbers, against y.
+void check_quantized(Random &random, Case &c) {
+    const NkPlan &plan = c.plan;
+    int64_t d = set_size(plan);
+    std::vector<int8_t> q(c.n);
+    Buffer scale(NK_FLOAT32, c.sets);
+    auto quantize = function<int32_t(const NkPlan *, const void *, const void *, const void *, void *, void *)>("nk_quantize");
+    on_any_threads(random, [&] { return quantize(&plan, c.x.data(), c.weight.data(), c.bias.data(), q.data(), scale.data()); }, {&scale});
+    for (int64_t s = 0; s < c.sets; ++s) {
+        double most = 0;
+        for (int64_t i = 0; i < d; ++i) most = std::isfinite(c.y[s * d + i]) ? std::max(most, std::fabs(c.y[s * d + i])) : NAN;
+        expect("scale", scale, s, most / 127, most, 1e-6);
+        for (int64_t i = 0; i < d && most > 1e-30; ++i)
+            if (std::fabs(double(q[s * d + i]) - c.y[s * d + i] * 127 / most) > 0.5 + 1e-3) throw Mismatch("q is not y");
+    }
+}
+
 // Returns what was normalized: x, or its sum with the residual.
 Buffer check_forward(Random &random, Case &c) {
     const NkPlan &plan = c.plan;
@@ -338,6 +355,8 @@ void one_case(Random &random) {
     }
     try {
         Buffer normalized = check_forward(random, c);
+        bool rows = plan.far * plan.kept == 1 && plan.outer_step == 0 && !plan.given && !c.residual;
+        if (rows && !extreme) check_quantized(random, c);
         if (!extreme) check_backward(random, c, normalized);  // the gradient's terms leave float's range
         if (random.chance(0.1)) check_refusals(random, c);
     } catch (const Mismatch &mismatch) {
@@ -346,7 +365,26 @@ void one_case(Random &random) {
     }
 }
 
+// Zero or scaled, as often as asked for, the same whatever the threads and however many elements follow.
+void one_dropout(Random &random) {
+    int32_t type = int32_t(random.below(4));
+    int64_t n = 1 + random.below(40000), seed = random.below(1 << 30);
+    double p = random.pick({0.0, 0.1, 0.5, 0.9});
+    Buffer x = Buffer::normal(random, type, n, 3), y(type, n), part(type, (n + 1) / 2);
+    auto drop = function<int32_t(int64_t, int64_t, int64_t, double, const void *, void *)>("nk_dropout");
+    on_any_threads(random, [&] { return drop(type, n, seed, p, x.data(), y.data()); }, {&y});
+    answers([&] { return drop(type, (n + 1) / 2, seed, p, x.data(), part.data()); });
+    double dropped = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        if (i < (n + 1) / 2 && part[i] != y[i]) throw Mismatch("dropout depends on what follows");
+        if (y[i] == 0) dropped += x[i] != 0;
+        else expect("dropout", y, i, x[i] / (1 - p), std::fabs(x[i] / (1 - p)), type == NK_FLOAT64 ? 1e-15 : 1e-7);
+    }
+    if (std::fabs(dropped - double(n) * p) > 6 * std::sqrt(double(n) * p * (1 - p)) + 1) throw Mismatch("dropout drops too many or too few");
+}
+
 const Fuzzer entry{"nest", one_case};
+const Fuzzer dropout{"dropout", one_dropout};
 
 }  // namespace
 }  // namespace fuzz

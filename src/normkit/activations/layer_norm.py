@@ -53,6 +53,8 @@ class LayerNorm(Layer, nn.LayerNorm):
             Default: None.
         save: what is kept for the backward pass: ``"input"``, or the ``"output"``, which a convolution or linear layer behind it
             keeps anyway: the normalized input is then computed again from it. Default: "input".
+        dropout: probability with which an element of the output becomes zero in training, where the others are divided by
+            1 - dropout. No mask is stored: the backward pass draws again. Default: 0.
 
     Shape:
         (*, *normalized_shape), or (N, C, *) with ``over``; the output has the same shape.
@@ -70,7 +72,7 @@ class LayerNorm(Layer, nn.LayerNorm):
             [-1.0000,  1.0000]])
     """
 
-    unusual: ClassVar = {"over": None, "per": None, "activation": None, "save": "input"}
+    unusual: ClassVar = {"over": None, "per": None, "activation": None, "save": "input", "dropout": 0.0}
 
     def __init__(
         self,
@@ -83,12 +85,13 @@ class LayerNorm(Layer, nn.LayerNorm):
         per: str | None = None,
         activation: Activation | None = None,
         save: Save = "input",
+        dropout: float = 0.0,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         shape = trailing_sizes("LayerNorm", normalized_shape)
         super().__init__(shape, eps, elementwise_affine, bias, device=device, dtype=dtype)
-        self.activation, self.save = activation, save
+        self.activation, self.save, self.dropout = activation, save, dropout
         self.over, self.per = over, per
         check_features("LayerNorm", shape, over, per)
         self.complete()

@@ -15,6 +15,7 @@ from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Guard, Statistic
 from normkit.engine.call import Save
 from normkit.engine.dispatch import Activation, Backend, run
+from normkit.engine.dropout import drop
 from normkit.engine.layer import Cast, Layer, check_features, features_support
 from normkit.engine.reference import activate
 
@@ -62,6 +63,8 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
             Default: None.
         save: what is kept for the backward pass: ``"input"``, or the ``"output"``, which a convolution or linear layer behind it
             keeps anyway: the normalized input is then computed again from it. Default: "input".
+        dropout: probability with which an element of the output becomes zero in training, where the others are divided by
+            1 - dropout. No mask is stored: the backward pass draws again. Default: 0.
 
     Shape:
         (*, *normalized_shape), or (N, C, *) with ``over``; the output has the same shape, in the input's dtype.
@@ -81,6 +84,7 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
     """
 
     offset: float = 0.0  # torch's constructor calls reset_parameters, which reads it, before ours can set it
+    cast: Cast = "after weight"
 
     def __init__(
         self,
@@ -95,21 +99,27 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
         cast: Cast = "after weight",
         activation: Activation | None = None,
         save: Save = "input",
+        dropout: float = 0.0,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         shape = trailing_sizes("RMSNorm", normalized_shape)
         check_features("RMSNorm", shape, over, None)
         check_options("RMSNorm", cast=(cast, Cast))
-        if save == "output" and cast != "after weight":
-            raise OptionError(f'RMSNorm: save="output" can\'t undo cast={cast!r}, which rounds twice; use save="input"')
         super().__init__(shape, eps, elementwise_affine, device=device, dtype=dtype)
-        self.activation, self.save = activation, save
         self.over, self.offset, self.cast = over, offset, cast
+        self.activation, self.save, self.dropout = activation, save, dropout
         self.guard: Guard = guard
         self.register_parameter("bias", nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if bias else None)
         self.reset_parameters()
         self.complete()
+
+    def _check_save(self, save: Any, activation: str | None) -> None:
+        if save == "output" and self.cast != "after weight":
+            raise OptionError(
+                f'RMSNorm: save="output" can\'t undo cast={self.cast!r}, which rounds twice; use save="input"'
+            )
+        super()._check_save(save, activation)
 
     def reset_parameters(self) -> None:
         self.fill(weight=1 - self.offset, bias=0)
@@ -124,7 +134,8 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
         if self.cast == "after weight":
             return super().forward(input, mask)
         self.check(input)
-        return activate(_rounded_first(self.rule, input, self.weight, self.bias, mask, self.backend), self.activation)
+        y = activate(_rounded_first(self.rule, input, self.weight, self.bias, mask, self.backend), self.activation)
+        return drop(y, self.dropout) if self.dropout and self.training else y
 
     def extra_repr(self) -> str:
         options = {
@@ -134,6 +145,7 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
             "cast": "after weight",
             "activation": None,
             "save": "input",
+            "dropout": 0.0,
         }
         return super().extra_repr() + (", bias=True" if self.bias is not None else "") + self.repr_options(**options)
 

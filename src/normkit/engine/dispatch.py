@@ -1,7 +1,9 @@
 """Run a rule on the requested back end, or on the best one that can."""
 
+import math
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from normkit.core.compensation import Affine
@@ -168,6 +170,21 @@ def perform_by(choice: Choice, call: Call) -> Output:
     if running is not None and memory is not None and call.own and not output.remembered and found is not None:
         memory.update(running, found, choice.split)
     return output
+
+
+def quantize(call: Call) -> tuple[Tensor, Tensor]:
+    """The output as int8, and a scale for each row of its last axis, without gradients."""
+    with torch.no_grad():
+        choice = kept(call, call.key())
+        if choice.backend == "native" and isinstance(choice.perform, partial) and call.own:
+            ready = choice.perform.args[0]
+            if native.by_rows(ready, call.x):
+                return native.quantize(ready, call.x, call.weight, call.bias)
+        y = perform_by(choice, call).y.float()
+        most = y.abs().amax(-1, keepdim=True)
+        most = torch.where(most.isfinite(), most, math.nan)
+        factor = torch.where(most == 0, 0.0, 127 / most)
+        return (y * factor).round().nan_to_num().to(torch.int8), most / 127
 
 
 def normalize(

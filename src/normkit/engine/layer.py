@@ -15,7 +15,8 @@ from normkit.core.statistic import Guard, Scale, Statistic
 from normkit.core.support import Support, show
 from normkit.engine.call import Activation, Backend, Call, Output, Save
 from normkit.engine.choose import Explanation, kept
-from normkit.engine.dispatch import explained, perform_by
+from normkit.engine.dispatch import explained, perform_by, quantize
+from normkit.engine.dropout import drop
 from normkit.engine.guard import calm
 from normkit.engine.known import Known
 from normkit.engine.reference import check_activation
@@ -31,12 +32,13 @@ class Layer(Module):
     A subclass defines ``make_rule`` and ``check``. The attribute ``backend`` is ``"auto"`` unless set; ``explain(x)`` says what
     would run. The attribute ``activation`` is applied in the same pass: ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"``,
     ``"gelu"``, ``"gelu_tanh"`` or None. The attribute ``save`` says what is kept for the backward pass, ``"input"`` or
-    ``"output"``.
+    ``"output"``; ``dropout`` the probability with which an element of the output becomes zero in training.
     """
 
     backend: Backend = "auto"
     activation: Activation | None = None
     save: Save = "input"
+    dropout: float = 0.0
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     running_mean: Tensor | None
@@ -72,6 +74,8 @@ class Layer(Module):
             ShapeError: the input does not fit.
         """
         own = self.__dict__  # nn.Module's __getattr__ is slow next to a small kernel
+        if own.get("dropout", 0.0) and self.training:
+            return drop(self._perform(self._call(input, mask)).y, self.dropout)
         # calm() first: a compiler would guard its graph on whatever is read here, and compile again when that changes.
         if calm() and mask is None and "_known" in own and not input.is_nested:
             parameters, buffers = own["_parameters"], own["_buffers"]
@@ -141,10 +145,14 @@ class Layer(Module):
             self._check_save(self.save, value)
         if name == "save":
             self._check_save(value, self.activation)
+        if name == "dropout" and not (0 <= float(value) <= 1 and (value == 0 or _takes(type(self), name))):
+            raise OptionError(
+                f"{type(self).__name__}: dropout={value}; wanted a probability from 0 to 1, of a layer that takes one as argument"
+            )
         self._forget()
         super().__setattr__(name, value)
 
-    def _check_save(self, save: Save, activation: str | None) -> None:
+    def _check_save(self, save: Any, activation: str | None) -> None:
         who = type(self).__name__
         check_options(who, save=(save, Save))
         if save == "input":
@@ -189,7 +197,34 @@ class Layer(Module):
         """
         y, total, *_ = self._perform(self._call(input, mask, residual))
         assert total is not None
-        return y, total
+        return (drop(y, self.dropout) if self.dropout and self.training else y), total
+
+    def quantized(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalize and round each row of the last axis to whole numbers with a scale of its own, for inference.
+
+        scale = max|y| / 127 over a row of what ``forward`` returns in evaluation, and q = round(y / scale): what the dynamic
+        quantization of a linear layer behind the norm wants. In one pass where the norm is over the last axis, on a CPU.
+
+        Args:
+            input: as for ``forward``.
+
+        Returns:
+            q, int8 of the input's shape, and scale, float32 of the input's shape with a last axis of 1; y is about q * scale. A
+            row of zeros has the scale 0; one with a NaN or an infinity has the scale NaN.
+
+        Raises:
+            ShapeError: the input does not fit.
+
+        Reference:
+            Dettmers, Lewis, Belkada, Zettlemoyer, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale" (2022),
+            https://arxiv.org/abs/2208.07339, section 2.1.
+
+        >>> import torch, normkit
+        >>> normkit.RMSNorm(2, elementwise_affine=False).quantized(torch.tensor([[3.0, 4.0]]))
+        (tensor([[ 95, 127]], dtype=torch.int8), tensor([[0.0089]]))
+        """
+        self._fits(input)
+        return quantize(self._call(input.detach(), None))
 
     def complete(self, bias: bool = True) -> None:
         """End a constructor: drop the bias that torch's made if it is not wanted, and make the rule.

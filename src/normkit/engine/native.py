@@ -18,7 +18,7 @@ from normkit.core.moments import Moments
 from normkit.core.rule import Rule
 from normkit.core.support import Split, place, show
 from normkit.engine import closed_form
-from normkit.engine.abi import TYPES, checked, entry, gradients, like
+from normkit.engine.abi import TYPES, checked, entry, gradients, like, pointer
 from normkit.engine.call import Call, Output
 from normkit.engine.eager import watched
 from normkit.engine.guard import calm, guard
@@ -50,6 +50,22 @@ def measure(ready: Prepared, x: Tensor) -> Moments:
     start, step = values.data_ptr(), ready.statistic_bytes
     checked(entry("nk_measure")(ready.address, x.data_ptr(), start + step, start, start + 2 * step))
     return ready.moments(values)
+
+
+def by_rows(ready: Prepared, x: Tensor) -> bool:
+    """Whether the sets are the rows of the last axis in memory, and have the same parameters."""
+    nest = ready.nest
+    rows = nest.kind == "row" and nest.kept.size == 1 and nest.outer_place[2] == 0
+    return rows and x.is_contiguous() and x.shape[-1] == ready.split.count
+
+
+def quantize(ready: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The output as int8 and the scale of each row, where ``by_rows`` holds."""
+    weight, bias = _packed(weight), _packed(bias)
+    q, scale = torch.empty_like(x, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    pointers = x.data_ptr(), pointer(weight), pointer(bias), q.data_ptr(), scale.data_ptr()
+    checked(entry("nk_quantize")(ready.address, *pointers))
+    return q, scale
 
 
 def quick(perform: Any, call: Call) -> Callable[..., Tensor] | None:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from normkit.activations.rms_norm import RMSNorm
-from normkit.core.errors import SurgeryError
+from normkit.core.errors import OptionError, SurgeryError, check_options
+from normkit.engine.call import Save
 from normkit.engine.layer import Layer
 from normkit.surgery.changes import Changes, Refusal, Refusals, label
 from normkit.surgery.norms import Norm, is_norm, read_norm
@@ -30,6 +31,7 @@ def accelerate(
     where: Where | None = None,
     example: Any = None,
     on_refusal: Refusal = "leave",
+    save: Save = "input",
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Changes:
     """Put normkit's layer in the place of every norm that computes what it does, in place; the model computes what it did.
@@ -55,6 +57,9 @@ def accelerate(
         example: an input on which the model is run before and after, without effect on it; a norm that is not called, or whose
             parameters are read from outside it, is passed over. Default: None.
         on_refusal: ``"leave"`` passes over what can't be taken over, ``"raise"`` refuses the whole. Default: ``"leave"``.
+        save: ``"output"`` keeps each norm's output for the backward pass in the place of its input, as its layer's ``save`` does:
+            a tensor less for each norm with a linear layer or convolution right behind it. A norm that can't, such as one with
+            a ReLU, keeps its input, and the row says so. Default: ``"input"``.
         optimizer: of the model's parameters; none is replaced here, so that it goes on by itself. Default: None.
 
     Returns:
@@ -71,6 +76,7 @@ def accelerate(
     passed over
     2      (SyncBatchNorm): sync_batch_norm has no faster kernel here
     """
+    check_options("accelerate", save=(save, Save))
     refusals = Refusals("accelerate", on_refusal)
     found = {name: module for name, module in model.named_modules() if _is_candidate(name, module)}
     like = any_tensor(model)
@@ -80,6 +86,11 @@ def accelerate(
         kinds = (kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.modules."))
         kind = next(kinds, nn.Module)
         notes = [] if isinstance(made, kind) else [f"isinstance(_, nn.{kind.__name__}) no longer holds"]
+        try:
+            if isinstance(made, Layer):
+                made.save = save
+        except OptionError:
+            notes.append("keeps its input")
         gone = lost(made, module)
         return made, "; ".join([*notes, f"its {', '.join(gone)} dropped"] if gone else notes)
 
