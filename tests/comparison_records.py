@@ -40,7 +40,7 @@ def write_comparison(
         for rate in RATES:
             tried = [
                 write_run(
-                    out, recipe, rate, seed, order, epochs, (recipe, seed) in diverged and rate == best_rate(order)
+                    out, recipe, rate, seed, order, epochs, rate == best_rate(order) and (recipe, seed) in diverged
                 )
                 for seed in range(seeds if rate == best_rate(order) else 1)
             ]

@@ -185,7 +185,7 @@ def _(subject: Subject) -> None:
 
 @seam(
     "torch.compile, inductor",
-    lambda subject: subject.name in ("batch_norm", "weight_norm-Linear"),
+    lambda one: one.name in ("batch_norm", "weight_norm-Linear"),
     "slow: one of each kind",
 )
 def _(subject: Subject) -> None:
@@ -284,7 +284,7 @@ def _(subject: Subject) -> None:
         wanted = model(x)
         for change in (
             nn.SyncBatchNorm.convert_sync_batchnorm,
-            lambda model: nn.utils.fusion.fuse_conv_bn_eval(model[0], model[1]),
+            lambda model: nn.utils.fusion.fuse_conv_bn_eval(*model),
         ):
             with contextlib.suppress(NormkitError):  # refused with the cure is right too
                 near(change(copy.deepcopy(model))(x), wanted)

@@ -92,17 +92,8 @@ class Call:
             self.center = torch.empty(statistics, dtype=self.wide) if self.plan.centred else None
         self.y = torch.empty_like(self.x) if self.y is None else self.y
         self.total = None if self.residual is None else torch.empty_like(self.x)
-        tensors = (
-            self.x,
-            self.residual,
-            self.weight,
-            self.bias,
-            self.y,
-            self.total,
-            self.center,
-            self.inverse,
-            self.variance,
-        )
+        given = (self.x, self.residual, self.weight, self.bias)
+        tensors = (*given, self.y, self.total, self.center, self.inverse, self.variance)
         self.called("nk_forward", *tensors)
         return self.y
 
@@ -139,9 +130,7 @@ def places(plan: NkPlan) -> Tensor:
     return place
 
 
-def definition(
-    call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def definition(call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
     """Output, centre, 1 / scale and variance, from the plan's formulas in float64."""
     plan, dims = call.plan, (1, 3, 4)
     statistics = (plan.outer, 1, plan.kept, 1, 1)
@@ -249,13 +238,8 @@ def check(call: Call, chance: random.Random) -> None:
     expected = dict(zip(kept, torch.autograd.grad(y, list(kept.values()), dy.double()), strict=True))
     # dx is the difference of terms of this size.
     gain = 1 if call.weight is None else float((plan.offset + call.weight.double()).abs().max())
-    near(
-        found["x"],
-        expected["x"] + (0 if dsum is None else dsum.double()),
-        dtype,
-        1,
-        gain * float(inverse.detach().max()),
-    )
+    wanted_dx = expected["x"] + (0 if dsum is None else dsum.double())
+    near(found["x"], wanted_dx, dtype, 1, gain * float(inverse.detach().max()))
     # A gradient of parameters is a sum of so many terms, whose errors come together as those of a random walk do.
     walk = float(dy.double().abs().max()) * (call.x.numel() / min(plan.parameters, call.x.numel())) ** 0.5
     for name in ("weight", "bias"):

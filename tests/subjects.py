@@ -90,11 +90,8 @@ def _from_units(layer: nn.Module, rows: Tensor, like: Tensor) -> Tensor:
 
 
 def _weight_norm(layer: Any, part: Any, g: Tensor, v: Tensor) -> Tensor:
-    return (
-        g
-        * v
-        / v.square().sum([axis for axis in range(v.dim()) if not g.dim() or g.shape[axis] == 1], keepdim=True).sqrt()
-    )
+    over = [axis for axis in range(v.dim()) if not g.dim() or g.shape[axis] == 1]
+    return g * v / v.square().sum(over, keepdim=True).sqrt()
 
 
 def _spectral_norm(layer: Any, part: Any, v: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ def test_root_may_be_the_environments_or_the_folder_itself(root: Path, monkeypat
 def test_no_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NORMKIT_DATA", raising=False)
     with pytest.raises(
-        ProtocolError, match=r"^no folder of data sets is given; use --data-root DIR or set .* NORMKIT_DATA"
+        ProtocolError, match=r"^no folder of data sets is given; use --data-root DIR or .* NORMKIT_DATA"
     ):
         make_data(load_factory("cifar10", DATA), "cifar10")
 
@@ -142,9 +142,7 @@ def test_truncated_at_any_place(root: Path) -> None:
     whole = path.read_bytes()
     for length in [*range(0, 400, 7), *range(400, len(whole) - 1, len(whole) // 40), len(whole) - 1]:
         path.write_bytes(whole[:length])
-        with pytest.raises(
-            ProtocolError, match=r"data_batch_2 .*delete .* and download CIFAR-10 again \(--download\), or unpack"
-        ):
+        with pytest.raises(ProtocolError, match=r"data_batch_2 .*delete .* and download .* \(--download\), or unpack"):
             cifar10(root)
 
 
@@ -171,7 +169,7 @@ def test_damaged_bytes_never_raise_anything_else(root: Path) -> None:
         (lambda part: part.pop(b"data"), "data is a NoneType; wanted bytes"),
         (
             lambda part: part.update({b"data": part[b"data"][:, :-1]}),
-            r"data is uint8 \(40, 3071\); wanted bytes \(n, 3072\)",
+            r"data is uint8 \(40, 3071\); wanted .*3072",
         ),
         (lambda part: part.update({b"data": part[b"data"].astype(float)}), "data is float64"),
         (lambda part: part.update({b"data": [[1, 2]]}), "data is a list"),
@@ -201,9 +199,7 @@ class Attack:
 def test_pickles_run_no_code(tmp_path: Path) -> None:
     path, target = tmp_path / "evil", tmp_path / "made_by_the_pickle"
     write_pickle(path, {b"data": Attack(target)}, python2=False)
-    with pytest.raises(
-        ProtocolError, match=r"evil asks for (posix|nt)\.mkdir, which no data set needs; it is not loaded; go"
-    ):
+    with pytest.raises(ProtocolError, match=r"evil asks for (posix|nt)\.mkdir, which .*; it is not loaded; go"):
         read_pickle(path, "go")
     assert not target.exists()
     path.write_bytes(pickle.dumps([1]))
@@ -262,9 +258,7 @@ def test_experiments_make_the_folder_that_they_download_into(tmp_path: Path, mon
 
 def test_download_that_fails(tmp_path: Path) -> None:
     there, root = archive(tmp_path), tmp_path / "root"
-    with pytest.raises(
-        ProtocolError, match=r"cannot fetch file://.*absent.*; look at the network .*or fetch .* by hand and unpack"
-    ):
+    with pytest.raises(ProtocolError, match=r"cannot fetch file://.*absent.*; look at .*or fetch .* by hand"):
         download(dataclasses.replace(there, url=there.url + "absent"), root)
     with pytest.raises(ProtocolError, match=r"gave \d+ bytes with SHA-256 .*, not the published file .*thrown away"):
         download(dataclasses.replace(there, sha256="0" * 64), root)

@@ -179,18 +179,7 @@ def test_a_users_own_model_and_an_interrupt(tmp_path: Path) -> None:
         "    return {'train': (x[:600], (x[:600, 0] > 0).long()), 'test': (x[600:], (x[600:, 0] > 0).long())}\n"
     )
     (tmp_path / "slow").touch()
-    words = [
-        "--model",
-        "mine:make",
-        "--data",
-        "mine:load",
-        "--recipes",
-        "keep,keep+wn",
-        "--seeds",
-        "2",
-        "--rates",
-        "0.1",
-    ]
+    words = "--model mine:make --data mine:load --recipes keep,keep+wn --seeds 2 --rates 0.1".split()
     words += ["--epochs", "30", "--batch-size", "32", "--accelerator", "cpu", "--no-report", "--no-condition"]
     run = [sys.executable, "-m", "normkit.cli", "compare", *words]
     folder = tmp_path / "runs" / "mine.load-mine.make"

@@ -8,9 +8,9 @@ from torch.nn.utils import prune
 from torch.testing import assert_close
 
 import normkit as nk
+from foreign_norms import DetectorsFrozenBatchNorm2d
+from normkit import apply_recipe, condition
 from normkit.core.errors import SurgeryError
-from normkit.surgery.condition import condition
-from normkit.surgery.recipe import apply_recipe
 
 
 def net() -> nn.Sequential:
@@ -30,13 +30,6 @@ def test_options_reach_the_method():
     model = net()
     condition(model, "col", "re:4", gain=2.0, gradient="detach")
     torch.testing.assert_close(model[4].weight.norm(dim=0), torch.full((8,), 2.0))
-
-
-def test_raw_weights_stay_the_same_parameters():
-    model = net()
-    before = {id(parameter) for parameter in model.parameters()}
-    condition(model, where="all")
-    assert {id(parameter) for parameter in model.parameters()} == before
 
 
 def test_attention_is_conditioned_and_its_fused_path_agrees():
@@ -60,16 +53,6 @@ def test_a_refusal_leaves_the_model_as_it_was():
     assert list(model.state_dict()) == keys
     assert type(model[0]) is nn.Linear
     model(torch.randn(2, 4))
-
-
-def test_twice_is_refused():
-    model = net()
-    condition(model)
-    with pytest.raises(SurgeryError, match=r"0: weight_conditioning:row is on it already.*fold"):
-        condition(model)
-    assert len(model[0].parametrizations.weight) == 1
-    with pytest.raises(SurgeryError, match="mode"):
-        condition(net(), "diagonal")
 
 
 def test_zero_matrices_are_named_and_adapters_left_out():
@@ -202,24 +185,11 @@ def test_statistics_are_as_they_were_if_it_fails():
     assert_close(model.state_dict(), state, rtol=0, atol=0)
 
 
-class FrozenBatchNorm2d(nn.Module):
-    """As torchvision and detectors have it."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.register_buffer("running_mean", torch.randn(channels))
-        self.register_buffer("running_var", torch.rand(channels) + 0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean, var = (buffer.view(-1, 1, 1) for buffer in self.buffers())
-        return (x - mean) * (var + EPS).rsqrt()
-
-
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 3, 3, padding=1), FrozenBatchNorm2d(3)
-        self.conv2, self.bn2 = nn.Conv2d(3, 3, 3, padding=1), FrozenBatchNorm2d(3)
+        self.conv1, self.bn1 = nn.Conv2d(3, 3, 3, padding=1), DetectorsFrozenBatchNorm2d(3, EPS)
+        self.conv2, self.bn2 = nn.Conv2d(3, 3, 3, padding=1), DetectorsFrozenBatchNorm2d(3, EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
@@ -276,11 +246,3 @@ def test_a_layer_whose_weight_a_hook_makes_is_left_and_the_row_says_so(name, put
     assert list(model[0].state_dict()) == keys
     with pytest.raises(SurgeryError, match=f"made by torch.nn.utils.{name}; remove that first"):
         nk.surgery.reassign_spectral_(model[0])
-
-
-def test_a_misspelt_mode_or_place_names_what_was_meant() -> None:
-    model = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(nk.NormkitError, match=r"wanted 'row', .*did you mean 'row'"):
-        nk.condition(model, "rows")
-    with pytest.raises(nk.NormkitError, match=r"place 'head' is not known.*layers by name: 're:head'"):
-        nk.condition(model, where="head")

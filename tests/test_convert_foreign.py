@@ -5,11 +5,8 @@ import torch
 from torch import Tensor, nn
 
 import foreign_norms as foreign
-from normkit.activations.group_norm import GroupNorm
-from normkit.activations.rms_norm import RMSNorm
-from normkit.activations.sync_batch_norm import SyncBatchNorm
+from normkit import GroupNorm, RMSNorm, SyncBatchNorm, convert
 from normkit.core.errors import NotationError, OptionError, SurgeryError
-from normkit.surgery.convert import convert
 
 
 class LayerNorm2d(nn.Module):
@@ -84,10 +81,8 @@ class NormAndSine(nn.BatchNorm2d):
 
 
 def test_frozen_batch_normalization_both_ways():
-    model, x = (
-        nn.Sequential(foreign.DetectorsFrozenBatchNorm2d(4), nn.BatchNorm2d(4)).double(),
-        torch.randn(3, 4, 5, 5).double(),
-    )
+    model = nn.Sequential(foreign.DetectorsFrozenBatchNorm2d(4), nn.BatchNorm2d(4)).double()
+    x = torch.randn(3, 4, 5, 5).double()
     model(x)
     wanted, keys = model.eval()(x), {"weight", "bias", "running_mean", "running_var"}
     changes = convert(model, "frozen_bn")
@@ -116,13 +111,13 @@ ERRORS = [
         nn.BatchNorm2d(48),
         "gn:32",
         SurgeryError,
-        r"0: 48 channels do not split into 32 groups; .*divide 48: 1, 2, 3, .*48",
+        r"0: 48 channels do not .* 32 groups; .*divide 48: 1, 2, 3, .*48",
     ),
     (
         nn.LayerNorm((4, 5, 5)),
         "bn",
         SurgeryError,
-        r"0: it normalizes over the axes 4x5x5.*only ln, rms, dyt.* and none",
+        r"0: it normalizes over the axes 4x5x5.*ln, rms, dyt.* and none",
     ),
     (foreign.OptionalGateNorm(4, True), "ln", SurgeryError, r"0 \(OptionalGateNorm\).*takes hidden_states, gate"),
     (SquaredNorm(4), "ln", SurgeryError, r"0 \(SquaredNorm\).*fits neither"),
@@ -132,7 +127,7 @@ ERRORS = [
         foreign.BatchNormAct(4, nn.Hardswish()),
         "ln",
         SurgeryError,
-        r"0: it applies Hardswish\(\) too, which ln has no place for",
+        r"0: it applies Hardswish\(\) too, which ln has no",
     ),
     (nn.BatchNorm2d(4, track_running_stats=False), "frozen_bn", SurgeryError, r"0: frozen_bn is made of a batch norm"),
     (replaced_forward(), "ln", SurgeryError, r"forward was replaced on the object"),
@@ -143,7 +138,7 @@ ERRORS = [
         nn.BatchNorm2d(4),
         "bm",
         NotationError,
-        r"'bm' is not known; did you mean 'bn'\?; norms that exist: none, .*gn:GROUPS",
+        r"'bm' is not known; did you mean 'bn'\?; norms that exist: .*gn:GROUPS",
     ),
     (nn.BatchNorm2d(4), "gn:two", NotationError, r"got GROUPS 'two', wanted a whole number from 1"),
     (nn.BatchNorm2d(4), "gn:0", NotationError, r"got GROUPS '0'"),

@@ -18,10 +18,9 @@ from typer.testing import CliRunner
 import normkit as nk
 from normkit.cli import app
 from normkit.core.errors import OptionError, SurgeryError
-from normkit.diagnostics.activations import Stream, activations
-from normkit.diagnostics.conditioning import condition_number
-from normkit.diagnostics.conditions import conditions, spectrum
-from normkit.diagnostics.gap import gap
+from normkit.diagnostics import activations, condition_number, conditions, gap
+from normkit.diagnostics.activations import Stream
+from normkit.diagnostics.conditioning import spectrum
 from normkit.lab.report.weights import depth_figure
 from normkit.weights.weight_conditioning import equilibrate, weight_conditioning
 
@@ -81,8 +80,7 @@ def test_every_weight_is_reported_before_and_after() -> None:
     assert_close(last.condition, condition_number(model.last.weight))
     assert_close(model.state_dict(), state, rtol=0, atol=0)
     read = json.loads(json.dumps([row.json() for row in found.values()], allow_nan=False))
-    assert read[0]["condition"] == found["words"].condition
-    assert len(read[0]["spectrum"]) == 8
+    assert (read[0]["condition"], len(read[0]["spectrum"])) == (found["words"].condition, 8)
 
 
 # Activations
@@ -121,8 +119,7 @@ def test_the_signal_of_every_module() -> None:
     assert_close((tanh.mean, tanh.std), (y.mean().item(), y.std(correction=0).item()), rtol=1e-5, atol=1e-6)
     assert_close(tanh.saturated, (y.abs() > 0.98).float().mean().item(), rtol=1e-6, atol=0)
     assert (tanh.saturated or 0) > 0.5
-    assert found[2].dead == 0.25
-    assert found[2].saturated == 0
+    assert (found[2].dead, found[2].saturated) == (0.25, 0)
     assert found[0].saturated is None
     assert (found[5].gradient_std or 0) > 0
     assert activations(model, [x for x, _ in batches])[0].gradient_std is None
@@ -166,9 +163,8 @@ def test_every_call_counts_once() -> None:
 
 def shifted() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(4, 6), nk.BatchNorm(6), nn.ReLU(), nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
-    )
+    norms = nk.BatchNorm(6), nn.BatchNorm1d(6)
+    model = nn.Sequential(nn.Linear(4, 6), norms[0], nn.ReLU(), nn.Linear(6, 6), norms[1], nn.Linear(6, 3))
     batches = [(torch.randn(32, 4), torch.randint(3, (32,))) for _ in range(3)]
     nk.recalibrate(model, batches)
     model[1].running_mean += 2.0

@@ -28,9 +28,7 @@ each_streamed = pytest.mark.parametrize("card", [card for card in INPUTS if card
 
 def data(samples: int = 30, offset: float = 3.0) -> Tensor:
     """Features of unlike scales, correlated, off centre."""
-    mix = (
-        torch.randn(FEATURES, FEATURES, dtype=torch.float64) + torch.diag(torch.tensor([1.0, 4.0, 0.5, 10.0])).double()
-    )
+    mix = torch.randn(FEATURES, FEATURES).double() + torch.diag(torch.tensor([1.0, 4.0, 0.5, 10.0])).double()
     return torch.randn(samples, FEATURES, dtype=torch.float64) @ mix + offset
 
 
@@ -226,9 +224,10 @@ def test_a_card_with_a_rule_is_that_rule_on_its_training_data(card: Card) -> Non
 
 
 # Of images each sample is by itself.
-@pytest.mark.parametrize(
-    "card", [card for card in INPUTS if card.running_state and card.name != "image_standardization"], ids=name
-)
+APART = [card for card in INPUTS if card.running_state and card.name != "image_standardization"]
+
+
+@pytest.mark.parametrize("card", APART, ids=name)
 def test_the_support_keeps_no_sample_of_the_training_data(card: Card) -> None:
     with pytest.raises(NormkitError, match="samples apart"):
         card.module(support=Support("n d", over="d"))

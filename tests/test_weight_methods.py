@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations as theirs
 from torch.testing import assert_close
 
+from foreign_norms import random_
 from normkit.core.errors import OptionError
 from normkit.weights.layout import WeightLayout
 from normkit.weights.power_iteration import power_iteration, power_iteration_square
@@ -31,34 +34,39 @@ LAYERS = {
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 
-@pytest.mark.parametrize("train", [True, False])
+BESIDE: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]] = {
+    **{f"weight norm {dim}": (weight_norm, theirs.weight_norm, {"dim": dim}) for dim in (0, 1, -1, -2, None)},
+    **{
+        f"spectral norm {options}": (spectral_norm, theirs.spectral_norm, options)
+        for options in ({}, {"n_power_iterations": 3}, {"dim": 1}, {"dim": -1})
+    },
+}
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("dim", [0, 1, -1, -2, None])
+@pytest.mark.parametrize("method", BESIDE)
 @pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
-def test_equals_torch(make, shape, dim, dtype, train) -> None:
-    ours = make().to(dtype).train(train)
-    other = copy.deepcopy(ours)
-    weight_norm(ours, dim=dim)
-    theirs.weight_norm(other, dim=dim)
+def test_equals_torch(make, shape, method, dtype) -> None:
+    put, like, options = BESIDE[method]
+    ours = make().to(dtype)
+    other, exact = copy.deepcopy(ours), {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    for layer, on in ((ours, put), (other, like)):
+        torch.manual_seed(1)
+        on(layer, **options)
     assert list(ours.state_dict()) == list(other.state_dict())
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.copy_(torch.randn_like(parameter))
+    assert_close(ours.state_dict(), other.state_dict(), **exact)
+    random_(other)
     ours.load_state_dict(other.state_dict())
     other.load_state_dict(ours.state_dict())
     x = torch.randn(shape, dtype=dtype)
-    y, wanted = ours(x), other(x)
-    exact = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
-    assert_close(y, wanted, **exact)
-    g = torch.randn_like(y)
-    got = torch.autograd.grad((y * g).sum(), list(ours.parameters()))
-    assert_close(got, torch.autograd.grad((wanted * g).sum(), list(other.parameters())), **exact)
-
-
-def test_the_function_is_unchanged_at_first() -> None:
-    layer, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 5, 5)
-    before = layer(x)
-    assert_close(weight_norm(layer)(x), before)
+    for train in (True, True, False, True):
+        y, wanted = ours.train(train)(x), other.train(train)(x)
+        assert_close(y, wanted, **exact)
+        g = torch.randn_like(y)
+        assert_close(
+            *(torch.autograd.grad(of, list(on.parameters()), g) for of, on in ((y, ours), (wanted, other))), **exact
+        )
+        assert_close(ours.state_dict(), other.state_dict(), **exact)
 
 
 def test_older_checkpoints_load() -> None:
@@ -109,36 +117,6 @@ def test_one_weight_in_the_first_axis_is_no_unit() -> None:
 
 
 # Spectral normalization beside torch's, and against the singular value decomposition
-
-
-# The orders of summation differ by a few units in the last place.
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("options", [{}, {"n_power_iterations": 3}, {"dim": 1}, {"dim": -1}], ids=str)
-@pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
-def test_equals_torch_spectral_norm(make, shape, options, dtype) -> None:
-    ours = make().to(dtype)
-    other = copy.deepcopy(ours)
-    torch.manual_seed(1)
-    spectral_norm(ours, **options)
-    torch.manual_seed(1)
-    theirs.spectral_norm(other, **options)
-    exact = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
-    assert list(ours.state_dict()) == list(other.state_dict())
-    assert_close(ours.state_dict(), other.state_dict(), **exact)
-    other.load_state_dict(ours.state_dict())
-    ours.load_state_dict(other.state_dict())
-    x = torch.randn(shape, dtype=dtype)
-    for train in (True, True, False, True):
-        ours.train(train)
-        other.train(train)
-        y, wanted = ours(x), other(x)
-        assert_close(y, wanted, **exact)
-        g = torch.randn_like(y)
-        got = torch.autograd.grad((y * g).sum(), list(ours.parameters()))
-        assert_close(got, torch.autograd.grad((wanted * g).sum(), list(other.parameters())), **exact)
-        assert_close(ours.state_dict(), other.state_dict(), **exact)
 
 
 def test_two_uses_before_one_backward() -> None:

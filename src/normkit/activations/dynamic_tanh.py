@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.errors import OptionError, ShapeError, check_options
 from normkit.core.module import Module, trailing_sizes
 from normkit.core.moments import accumulation_dtype
@@ -34,16 +34,14 @@ class DynamicTanh(Module):
         elementwise_affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
         bias: False omits the bias. Default: True.
 
-    Shape:
-        (*, *normalized_shape), or (N, C, *) with channels first; the output has the same shape.
+    Shape: (*, *normalized_shape), or (N, C, *) with channels first; the output has the same shape.
 
     Raises:
         ShapeError: the input does not end in ``normalized_shape``, or has another number of channels.
         OptionError: an unknown form or layout, or several axes of channels.
 
-    Reference:
-        Zhu, Chen, He, LeCun, Liu, "Transformers without Normalization" (2025), https://arxiv.org/abs/2503.10622;
-        Chen, Lu, Zhu, Sun, Liu, "Stronger Normalization-Free Transformers" (2025), https://arxiv.org/abs/2512.10938.
+    Reference: Zhu, Chen, He, LeCun, Liu, "Transformers without Normalization" (2025), https://arxiv.org/abs/2503.10622;
+    Chen, Lu, Zhu, Sun, Liu, "Stronger Normalization-Free Transformers" (2025), https://arxiv.org/abs/2512.10938.
 
     >>> DynamicTanh(2)(torch.tensor([[1.0, -4.0]])).detach()
     tensor([[ 0.4621, -0.9640]])
@@ -175,12 +173,7 @@ CARD = Card(
     word="dyt",
     normalized_over="nothing: each element separately, without a statistic",
     formula="y = weight * tanh(alpha * x) + bias",
-    paper=Paper(
-        "Zhu, Jiachen and Chen, Xinlei and He, Kaiming and LeCun, Yann and Liu, Zhuang",
-        "Transformers without Normalization",
-        2025,
-        "https://arxiv.org/abs/2503.10622",
-    ),
+    paper=paper("zhu2025transformers"),
     use_cases="transformers, instead of layer and root mean square normalization",
     strengths="no statistic, so nothing to reduce; independent of the batch and of other features",
     weaknesses="invariant to nothing: the scale of the input matters; alpha needs tuning in large language models",
@@ -196,12 +189,7 @@ DERF = Card(
     word="derf",
     normalized_over="nothing: each element by itself, without a statistic",
     formula="y = weight * erf(alpha * x + shift) + bias",
-    paper=Paper(
-        "Chen, Mingzhi and Lu, Taiming and Zhu, Jiachen and Sun, Mingjie and Liu, Zhuang",
-        "Stronger Normalization-Free Transformers",
-        2025,
-        "https://arxiv.org/abs/2512.10938",
-    ),
+    paper=paper("chen2025stronger"),
     use_cases="transformers, instead of layer and root mean square normalization",
     strengths="no statistic; above dynamic tanh in its authors' experiments on images, speech and DNA",
     weaknesses="invariant to nothing: the scale of the input matters, and so does the initial slope",

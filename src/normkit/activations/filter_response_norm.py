@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import ShapeError
 from normkit.core.moments import accumulation_dtype
@@ -41,15 +41,12 @@ class FilterResponseNorm(Layer):
         learned_eps: whether eps is learned, as the absolute value of a parameter ``eps_weight`` that starts at ``eps``, for
             which the paper then uses 1e-4. Default: False.
 
-    Shape:
-        (N, C, *); the output has the same shape.
+    Shape: (N, C, *); the output has the same shape.
 
     Raises:
         ShapeError: a number of channels other than ``num_features``.
 
-    Reference:
-        Singh and Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence in the Training of Deep Neural
-        Networks" (2019), https://arxiv.org/abs/1911.09737.
+    Reference: Singh and Krishnan, "Filter Response Normalization Layer" (2019), https://arxiv.org/abs/1911.09737.
 
     >>> FilterResponseNorm(1)(torch.tensor([[[3.0, -4.0]]])).detach()
     tensor([[[0.8485, 0.0000]]])
@@ -146,12 +143,7 @@ CARD = Card(
     word="frn",
     normalized_over="each sample and channel, over all positions, without centring; then a learned threshold",
     formula="y = max(weight * x / sqrt(E[x^2] + eps) + bias, tau)",
-    paper=Paper(
-        "Singh, Saurabh and Krishnan, Shankar",
-        "Filter Response Normalization Layer: Eliminating Batch Dependence in the Training of Deep Neural Networks",
-        2019,
-        "https://arxiv.org/abs/1911.09737",
-    ),
+    paper=paper("singh2019filter"),
     use_cases="convolutional networks where batches are small, as in detection",
     strengths="independent of the batch; the same in training and at inference; its threshold replaces the activation",
     weaknesses="weak on maps of few positions; needs a warm-up of the learning rate",

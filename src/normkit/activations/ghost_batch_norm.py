@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, check_options
 from normkit.core.memory import Running, RunningMoments, RunningStatistics
@@ -56,27 +56,14 @@ class GhostBatchNorm(Layer, TorchBatchNorm):
     ``"moments"``     once, by the batch's raw moments: includes the variance between the sub-batches' means
     ================  =================================================================================================
 
+    Other arguments, shapes and errors are those of BatchNorm, for sub-batches in place of batches.
+
     Args:
-        num_features: channels C.
-        ghost_batch_size: samples per sub-batch. Default: 16.
-        eps: added to the variance. Default: 1e-5.
-        momentum: weight of the new value in the running averages; None for the cumulative average. Default: 0.1.
-        affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
-        track_running_stats: whether there are running averages; without, sub-batch statistics are always used. Default: True.
+        ghost_batch_size: samples per sub-batch, from 1. Default: 16.
         memory: how a batch updates the running averages. Default: "mean".
         permute: whether sub-batches are drawn at random. Default: False.
-        bias: False omits the bias. Default: True.
-        layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
 
-    Shape:
-        (N, C, *) or, with channels last, (N, *, C); the output has the same shape. N may be 0.
-
-    Raises:
-        ShapeError: a number of channels other than ``num_features``, or sub-batches of one value per channel in training.
-        OptionError: a size below 1, another memory or layout.
-
-    Reference:
-        Hoffer, Hubara, Soudry, "Train longer, generalize better" (2017), https://arxiv.org/abs/1705.08741, algorithm 1.
+    Reference: Hoffer, Hubara, Soudry (2017), https://arxiv.org/abs/1705.08741, algorithm 1.
 
     >>> norm = GhostBatchNorm(1, ghost_batch_size=2)
     >>> norm(torch.tensor([[1.0], [3.0], [10.0], [30.0]])).detach().T
@@ -224,12 +211,7 @@ CARD = Card(
     title="Ghost batch normalization",
     word="ghost",
     normalized_over="each sub-batch and channel, over the sub-batch's samples and all positions",
-    paper=Paper(
-        "Hoffer, Elad and Hubara, Itay and Soudry, Daniel",
-        "Train longer, generalize better: closing the generalization gap in large batch training of neural networks",
-        2017,
-        "https://arxiv.org/abs/1705.08741",
-    ),
+    paper=paper("hoffer2017train"),
     use_cases="training with batches of hundreds and more on one device",
     strengths="keeps the regularizing noise of small batches in large ones; loads checkpoints of batch normalization",
     weaknesses="the size of the sub-batch is one more choice; training and inference compute different functions",

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.errors import OptionError
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
@@ -32,16 +32,13 @@ class GlobalResponseNorm(Module):
         layout: ``"n * c"`` for channels last, ``"n c *"`` for channels first. Default: ``"n * c"``, as in ConvNeXt V2.
         over: ``"*"`` for the energy of each sample, ``"n *"`` for that of the batch. Default: ``"*"``.
 
-    Shape:
-        (N, *, C) or, with channels first, (N, C, *); the output has the same shape.
+    Shape: (N, *, C) or, with channels first, (N, C, *); the output has the same shape.
 
     Raises:
         ShapeError: a number of channels other than ``num_channels``.
         OptionError: an unknown layout or ``over``.
 
-    Reference:
-        Woo, Debnath, Hu, Chen, Liu, Kweon, Xie, "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders"
-        (2023), https://arxiv.org/abs/2301.00808.
+    Reference: Woo, Debnath, Hu, Chen, Liu, Kweon, Xie, "ConvNeXt V2" (2023), https://arxiv.org/abs/2301.00808.
 
     >>> norm = GlobalResponseNorm(2)
     >>> _ = nn.init.ones_(norm.weight)
@@ -151,12 +148,7 @@ CARD = Card(
     word="grn",
     normalized_over="each sample's channels against one another, by their energy over all positions",
     formula="y = weight * (x * N) + bias + x,  N = |x_c| / (mean over c of |x_c| + eps)",
-    paper=Paper(
-        "Woo, Sanghyun and Debnath, Shoubhik and Hu, Ronghang and Chen, Xinlei and Liu, Zhuang and Kweon, In So and Xie, Saining",
-        "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders",
-        2023,
-        "https://arxiv.org/abs/2301.00808",
-    ),
+    paper=paper("woo2023convnext"),
     use_cases="ConvNeXt V2, after the activation in the wide part of a block",
     strengths="keeps channels from becoming alike; starts as the identity; independent of the batch",
     weaknesses="does not fix the scale of activations, so another norm must; needs the whole image",

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import ShapeError
 from normkit.core.place import groups
@@ -43,16 +43,14 @@ class GroupNorm(Layer, nn.GroupNorm):
         save: what is kept for the backward pass: ``"input"``, or the ``"output"``, which a convolution or linear layer behind it
             keeps anyway: the normalized input is then computed again from it. Default: "input".
 
-    Shape:
-        (N, C, *) or, with channels last, (N, *, C); the output has the same shape.
+    Shape: (N, C, *) or, with channels last, (N, *, C); the output has the same shape.
 
     Raises:
         OptionError: the channels do not split into the groups; an unknown layout.
         ShapeError: a number of channels other than ``num_channels``; a single sample with one value per group, as in torch.
         OptionError: with ``save="output"``, an activation that has no inverse or, in training, a gain too small to be undone.
 
-    Reference:
-        Wu and He, "Group Normalization" (2018), https://arxiv.org/abs/1803.08494.
+    Reference: Wu and He, "Group Normalization" (2018), https://arxiv.org/abs/1803.08494.
 
     >>> GroupNorm(2, 4)(torch.tensor([[1.0, 3.0, 10.0, 30.0]])).detach()
     tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
@@ -126,7 +124,7 @@ CARD = Card(
     title="Group normalization",
     word="gn",
     normalized_over="each sample and group of channels, over the group's channels and all positions",
-    paper=Paper("Wu, Yuxin and He, Kaiming", "Group Normalization", 2018, "https://arxiv.org/abs/1803.08494"),
+    paper=paper("wu2018group"),
     use_cases="detection, segmentation, video, diffusion: convolutional networks with few samples per batch",
     strengths="independent of the batch size; the same in training and at inference",
     weaknesses="behind batch normalization at large batches; the number of groups is one more choice; can't be folded",

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.compensation import Affine
 from normkit.core.module import trailing_sizes
 from normkit.core.place import one_of
@@ -56,16 +56,14 @@ class LayerNorm(Layer, nn.LayerNorm):
         dropout: probability with which an element of the output becomes zero in training, where the others are divided by
             1 - dropout. No mask is stored: the backward pass draws again. Default: 0.
 
-    Shape:
-        (*, *normalized_shape), or (N, C, *) with ``over``; the output has the same shape.
+    Shape: (*, *normalized_shape), or (N, C, *) with ``over``; the output has the same shape.
 
     Raises:
         ShapeError: the input does not end in ``normalized_shape``, or has another number of channels.
         OptionError: an unknown ``over`` or ``per``.
         OptionError: with ``save="output"``, an activation that has no inverse or, in training, a gain too small to be undone.
 
-    Reference:
-        Ba, Kiros, Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450.
+    Reference: Ba, Kiros, Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450.
 
     >>> LayerNorm(2, elementwise_affine=False)(torch.tensor([[1.0, 3.0], [10.0, 30.0]]))
     tensor([[-1.0000,  1.0000],
@@ -133,12 +131,7 @@ CARD = Card(
     title="Layer normalization",
     word="ln",
     normalized_over="each sample or token, over its features",
-    paper=Paper(
-        "Ba, Jimmy Lei and Kiros, Jamie Ryan and Hinton, Geoffrey E.",
-        "Layer Normalization",
-        2016,
-        "https://arxiv.org/abs/1607.06450",
-    ),
+    paper=paper("ba2016layer"),
     use_cases="transformers, recurrent networks, ConvNeXt; any batch size, sequences one step at a time",
     strengths="independent of the batch; the same in training and at inference",
     weaknesses="in convolutional networks usually behind batch and group normalization; can't be folded",

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.module import Module, whole
@@ -33,16 +33,13 @@ class LocalContextNorm(Module):
         eps: added to the variance. Default: 1e-5.
         affine: whether there are a weight (starts at 1) and a bias (at 0), per channel. Default: True.
 
-    Shape:
-        (N, C, *); the output has the same shape.
+    Shape: (N, C, *); the output has the same shape.
 
     Raises:
         OptionError: the channels do not split into the groups, or a window below 1.
         ShapeError: a number of channels other than ``num_features``, or another number of spatial axes than of windows.
 
-    Reference:
-        Ortiz, Robinson, Morris, Fuentes, Kiekintveld, Hassan, Jojic, "Local Context Normalization: Revisiting Local
-        Normalization" (2020), https://arxiv.org/abs/1912.05845.
+    Reference: Ortiz, Robinson, Morris, Fuentes, Kiekintveld, Hassan, Jojic (2020), https://arxiv.org/abs/1912.05845.
 
     >>> LocalContextNorm(1, 1, window=3)(torch.tensor([[[1.0, 3.0, 3.0]]])).detach()
     tensor([[[-1.0000,  0.7071,  0.0000]]])
@@ -118,13 +115,7 @@ CARD = Card(
     word="context",
     normalized_over="each element, over its group of channels in a window of positions around it",
     formula="y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias",
-    paper=Paper(
-        "Ortiz, Anthony and Robinson, Caleb and Morris, Dan and Fuentes, Olac and Kiekintveld, Christopher and Hassan, "
-        "Md Mahmudulla and Jojic, Nebojsa",
-        "Local Context Normalization: Revisiting Local Normalization",
-        2020,
-        "https://arxiv.org/abs/1912.05845",
-    ),
+    paper=paper("ortiz2020local"),
     use_cases="dense prediction on large images with uneven light: segmentation, aerial images, detection",
     strengths="independent of the batch; distant parts of an image do not affect one another",
     weaknesses="slower than group normalization; the window is one more choice",

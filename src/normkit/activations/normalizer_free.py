@@ -22,15 +22,13 @@ class NormalizerFreeBlock(nn.Module):
         alpha: weight of the branch. Default: 0.2.
         shortcut: the shortcut of a transition block, which takes x / beta. Default: None, the input itself.
 
-    Shape:
-        Any that the branch accepts.
+    Shape: Any that the branch accepts.
 
     Raises:
         OptionError: beta or alpha is not above 0.
 
-    Reference:
-        Brock, De, Smith, "Characterizing signal propagation to close the performance gap in unnormalized ResNets" (2021),
-        https://arxiv.org/abs/2101.08692, section 3.
+    Reference: Brock, De, Smith, "Characterizing signal propagation to close the performance gap in unnormalized
+    ResNets" (2021), https://arxiv.org/abs/2101.08692, section 3.
 
     >>> NormalizerFreeBlock(nn.Identity(), beta=2.0, alpha=0.5)(torch.tensor([4.0]))
     tensor([5.])

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.moments import moments
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
@@ -40,14 +40,12 @@ class PositionalNorm(Layer):
         eps: added to the variance. Default: 1e-5.
         correction: 1 divides the variance by C - 1, 0 by C. Default: 1.
 
-    Shape:
-        (N, C, *); the output has the same shape.
+    Shape: (N, C, *); the output has the same shape.
 
     Raises:
         ShapeError: an input of one channel.
 
-    Reference:
-        Li, Wu, Weinberger, Belongie, "Positional Normalization" (2019), https://arxiv.org/abs/1907.04312.
+    Reference: Li, Wu, Weinberger, Belongie, "Positional Normalization" (2019), https://arxiv.org/abs/1907.04312.
 
     >>> PositionalNorm()(torch.tensor([[[1.0], [2.0], [3.0]]])).view(3)
     tensor([-1.0000,  0.0000,  1.0000])
@@ -109,12 +107,7 @@ CARD = Card(
     title="Positional normalization",
     word="pono",
     normalized_over="each sample and position, over its channels",
-    paper=Paper(
-        "Li, Boyi and Wu, Felix and Weinberger, Kilian Q. and Belongie, Serge",
-        "Positional Normalization",
-        2019,
-        "https://arxiv.org/abs/1907.04312",
-    ),
+    paper=paper("li2019positional"),
     use_cases="generative networks with an encoder and a decoder: the moments carry structure across",
     strengths="independent of the batch and of other positions; its moments are used, not discarded",
     weaknesses="removes the strength of features at each position from the main path",

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.errors import ShapeError
 from normkit.core.memory import RunningStatistics
 from normkit.core.moments import Moments, accumulation_dtype, moments
@@ -33,31 +33,15 @@ class SyncBatchNorm(Layer, TorchBatchNorm):
     DistributedDataParallel expects. Without a process group, with one process, and in evaluation it is batch normalization.
 
     ``torch.nn.SyncBatchNorm``, but also on CPU: same arguments, defaults and state_dict. Replace channels-last layers by hand,
-    with the same layout: ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` knows no layout, and is refused.
+    with the same layout: ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` knows no layout, and is refused. Other arguments,
+    shapes and errors are those of BatchNorm; one value per channel is refused where it is the only one of all processes.
 
     Args:
-        num_features: channels C.
-        eps: added to the variance. Default: 1e-5.
-        momentum: weight of the new value in the running averages; None for the cumulative average. Default: 0.1.
-        affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
-        track_running_stats: whether there are running averages; without, the batches' statistics are always used. Default: True.
         process_group: the processes that share statistics. Default: all.
-        bias: False omits the bias. Default: True.
-        layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
-        activation: what follows: ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None.
-            Default: None.
 
-    Shape:
-        (N, C, *) or, with channels last, (N, *, C); the output has the same shape. N may differ between processes, and be 0.
-
-    Raises:
-        ShapeError: a number of channels other than ``num_features``, or one value per channel in all processes
-            together in training.
-        OptionError: an unknown layout.
-
-    Reference:
-        Merging follows Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983),
-        https://doi.org/10.1080/00031305.1983.10483115; the method Ioffe and Szegedy (2015), https://arxiv.org/abs/1502.03167.
+    Reference: Merging follows Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983),
+    https://doi.org/10.1080/00031305.1983.10483115; the method Ioffe and Szegedy (2015),
+    https://arxiv.org/abs/1502.03167.
 
     >>> norm = SyncBatchNorm(1, momentum=0.5)
     >>> norm(torch.tensor([[1.0], [3.0]])).detach().T
@@ -242,12 +226,7 @@ CARD = Card(
     title="Synchronized batch normalization",
     word="sync",
     normalized_over="each channel, over the batches of all processes and all positions",
-    paper=Paper(
-        "Ioffe, Sergey and Szegedy, Christian",
-        "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
-        2015,
-        "https://arxiv.org/abs/1502.03167",
-    ),
+    paper=paper("ioffe2015batch"),
     use_cases="detection, segmentation and other training with few samples on each of several devices",
     strengths="the same statistics for any number of devices; batches may be uneven, or empty",
     weaknesses="each layer waits for all processes, once forward and once backward",

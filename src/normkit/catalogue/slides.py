@@ -4,8 +4,6 @@ An output of a normalization depends on the elements that share its statistic an
 by the input are the support set. LayerNorm stands here twice: in a ConvNet it normalizes a sample, in a transformer a token.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,9 +1,9 @@
 """The table of methods as Markdown, kept up to date in the pages that show it.
 
-    python -m normkit.catalogue.table README.md docs/methods.md
+    python -m normkit.catalogue.table docs/methods.md
 
-writes it between the lines ``<!-- names -->`` (names alone), ``<!-- methods -->`` (a line each) or ``<!-- comparison -->``
-(with use cases, strengths and weaknesses) and ``<!-- end -->`` of each file, and entries.json with them.
+writes it between the lines ``<!-- methods -->`` (a line each) or ``<!-- comparison -->`` (with use cases, strengths and
+weaknesses) and ``<!-- end -->`` of each file, and entries.json with them.
 """
 
 import html
@@ -15,7 +15,7 @@ from normkit.catalogue.entry import write
 from normkit.catalogue.methods import METHODS
 from normkit.core.errors import NotationError
 
-_BLOCK = re.compile(r"(<!-- (names|methods|comparison) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- (methods|comparison) -->\n).*?(<!-- end -->)", re.DOTALL)
 _KINDS = {"input": "Data", "activation": "Activations", "weight": "Weights", "gradient": "Gradients"}
 
 
@@ -30,19 +30,6 @@ def methods_table() -> str:
             who = card.paper.cite().split(",")[0]
             word = f"`{card.words}`" if card.words else ""
             lines.append(f"| {card.title} | {word} | {card.normalized_over} | [{who}]({card.paper.url}) |")
-    return "\n".join(lines) + "\n"
-
-
-def names_table() -> str:
-    """Write the names of all methods, a row per kind.
-
-    >>> names_table().splitlines()[3][:32]
-    '| activations | 50: `batch_norm`'
-    """
-    lines = ["| methods for | |", "|---|---|"]
-    for kind, title in _KINDS.items():
-        names = [f"`{card.name}`" for card in METHODS if card.kind == kind]
-        lines.append(f"| {title.lower()} | {len(names)}: {', '.join(names)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -81,9 +68,9 @@ def with_tables(text: str) -> str:
     """Update the tables in a page's text."""
     if not _BLOCK.search(text):
         raise NotationError(
-            "no table here: wanted a line <!-- names -->, <!-- methods --> or <!-- comparison --> and after it <!-- end -->"
+            "no table here: wanted a line <!-- methods --> or <!-- comparison --> and after it <!-- end -->"
         )
-    tables = {"names": names_table, "methods": methods_table, "comparison": comparison_table}
+    tables = {"methods": methods_table, "comparison": comparison_table}
     return _BLOCK.sub(lambda match: match[1] + tables[match[2]]() + match[3], text)
 
 

@@ -93,8 +93,7 @@ class Running:
         momentum: weight of the new value, 0 to 1; None gives the cumulative average 1 / batches.
         per: the axes that running statistics keep, in the notation of Support; statistics are averaged over the others.
 
-    Reference:
-        Ioffe and Szegedy, "Batch Normalization" (2015), https://arxiv.org/abs/1502.03167.
+    Reference: Ioffe and Szegedy, "Batch Normalization" (2015), https://arxiv.org/abs/1502.03167.
 
     >>> statistics = RunningStatistics(torch.zeros(1), torch.ones(1))
     >>> split = Split((4, 1), ("n", "c"), (0,))
@@ -173,9 +172,8 @@ class RunningMoments(Running):
 
     Unlike an average of variances, it includes the variance between the batch means.
 
-    Reference:
-        Summers and Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization" (2020),
-        https://arxiv.org/abs/1906.03548, section 3.1.
+    Reference: Summers and Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization" (2020),
+    https://arxiv.org/abs/1906.03548, section 3.1.
 
     >>> statistics = RunningStatistics(torch.zeros(1), torch.ones(1))
     >>> split = Split((4, 1), ("n", "c"), (0,))

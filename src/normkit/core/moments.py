@@ -42,15 +42,10 @@ class Moments(NamedTuple):
 
         n = n_a + n_b,  d = mean_b - mean_a,  mean = mean_a + d n_b / n,  M2 = M2_a + M2_b + d^2 n_a n_b / n,  var = M2 / n.
 
-        Args:
-            other: moments of the other set, of the same shape.
+        A side with n = 0 leaves the other, of the same shape, unchanged.
 
-        Returns:
-            Moments of the union; a side with n = 0 leaves the other unchanged.
-
-        Reference:
-            Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983),
-            https://doi.org/10.1080/00031305.1983.10483115.
+        Reference: Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983),
+        https://doi.org/10.1080/00031305.1983.10483115.
 
         >>> a = Moments(torch.tensor(1.0), torch.tensor(0.0), 1)
         >>> b = Moments(torch.tensor(4.0), torch.tensor(1.0), 2)
@@ -78,8 +73,7 @@ def moments(x: Tensor, dims: Sequence[int], mask: Tensor | None = None) -> Momen
         dims: the axes to reduce.
         mask: boolean, broadcasts over x; elements where it is False are left out.
 
-    Returns:
-        Moments in the accumulation dtype; differentiable any number of times.
+    Returns moments in the accumulation dtype; differentiable any number of times.
 
     Raises:
         OptionError: x is not floating.

@@ -87,8 +87,7 @@ class Statistic:
             split: split of the support set.
             mask: boolean, broadcasts over x; elements where it is False are left out.
 
-        Returns:
-            Tensors in the accumulation dtype, differentiable any number of times.
+        Returns tensors in the accumulation dtype, differentiable any number of times.
         """
         x = x.to(accumulation_dtype(x.dtype))
         dims = split.dims

@@ -59,9 +59,8 @@ class Support:
     Raises:
         NotationError: the text cannot be read, or ``over`` or a size names an unknown axis.
 
-    Reference:
-        The notation follows Rogozhnikov, "Einops" (2022), https://openreview.net/forum?id=oapKSVM2bcj; support sets follow
-        Wu and He, "Group Normalization" (2018), https://arxiv.org/abs/1803.08494, section 3.
+    Reference: The notation follows Rogozhnikov, "Einops" (2022), https://openreview.net/forum?id=oapKSVM2bcj; support
+    sets follow Wu and He, "Group Normalization" (2018), https://arxiv.org/abs/1803.08494, section 3.
 
     >>> groups = Support("n (g c) *", over="c *", g=2)
     >>> groups.split((6, 8, 5, 7)).shape, groups.split((6, 8, 5, 7)).dims
@@ -124,8 +123,7 @@ class Support:
         Args:
             shape: the shape of a tensor.
 
-        Returns:
-            The shape with composite axes split, the name of each axis, and the positions of the reduced ones.
+        Returns the shape with composite axes split, the name of each axis, and the positions of the reduced ones.
 
         Raises:
             ShapeError: the shape has the wrong number of axes, or an axis does not split; the message names the axis.

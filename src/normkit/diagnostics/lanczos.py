@@ -1,7 +1,5 @@
 """Lanczos: extreme eigenvalues of a symmetric operator that is known by its products, and quadrature of its spectrum."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """A monitor of training: condition numbers, activations, gradients and the gap, within a share of the time."""
 
-from __future__ import annotations
-
 import math
 import time
 import weakref

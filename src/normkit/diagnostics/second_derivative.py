@@ -1,11 +1,9 @@
 """The second derivative of a loss by a model's parameters, as products with vectors.
 
-Reference:
-    Pearlmutter, "Fast Exact Multiplication by the Hessian" (1994), https://doi.org/10.1162/neco.1994.6.1.147; Schraudolph, "Fast
-    Curvature Matrix-Vector Products for Second-Order Gradient Descent" (2002), https://doi.org/10.1162/08997660260028683.
+Reference: Pearlmutter, "Fast Exact Multiplication by the Hessian" (1994), https://doi.org/10.1162/neco.1994.6.1.147;
+Schraudolph, "Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent" (2002),
+https://doi.org/10.1162/08997660260028683.
 """
-
-from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,18 +24,13 @@ Batches = Iterable[tuple[Any, Any]]
 
 
 class Options(TypedDict, total=False):
-    """What every function here takes.
+    """What every function here takes."""
 
-    Attributes:
-        matrix: ``"hessian"`` or ``"ggn"``. Default: "hessian".
-        by: ``"raw"`` or ``"effective"`` parameters. Default: "raw".
-        dtype: of the computation. Default: the parameters', float32 for half types; of whole matrices float64.
-        progress: called as ``progress(done, total)`` after each product with a vector. Default: None.
-    """
-
-    matrix: Literal["hessian", "ggn"]
-    by: Literal["raw", "effective"]
+    matrix: Literal["hessian", "ggn"]  # ``"hessian"`` or ``"ggn"``. Default: "hessian".
+    by: Literal["raw", "effective"]  # ``"raw"`` or ``"effective"`` parameters. Default: "raw".
+    # Of the computation. Default: the parameters', float32 for half types; of whole matrices float64.
     dtype: torch.dtype | None
+    # Called as ``progress(done, total)`` after each product with a vector. Default: None.
     progress: Callable[[int, int], object] | None
 
 

@@ -1,7 +1,5 @@
 """The singular values of a matrix in float64: all of them, or the ends of a large one by Lanczos."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """What a measurement is taken of: a model whose layers have sizes, its modules, and the target of a batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any

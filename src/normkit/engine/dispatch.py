@@ -176,7 +176,7 @@ def quantize(call: Call) -> tuple[Tensor, Tensor]:
     """The output as int8, and a scale for each row of its last axis, without gradients."""
     with torch.no_grad():
         choice = kept(call, call.key())
-        if choice.backend == "native" and isinstance(choice.perform, partial) and call.own:
+        if isinstance(choice.perform, partial) and choice.perform.func is native.perform:
             ready = choice.perform.args[0]
             if native.by_rows(ready, call.x):
                 return native.quantize(ready, call.x, call.weight, call.bias)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.errors import OptionError
 from normkit.weights.layout import raw_parameters
 
@@ -35,9 +35,7 @@ class AdaptiveClipping:
     Raises:
         OptionError: clip or eps is not above 0.
 
-    Reference:
-        Brock, De, Smith, Simonyan, "High-Performance Large-Scale Image Recognition Without Normalization" (2021),
-        https://arxiv.org/abs/2102.06171, section 4.
+    Reference: Brock, De, Smith, Simonyan (2021), https://arxiv.org/abs/2102.06171, section 4.
 
     >>> layer = nn.Linear(2, 1, bias=False)
     >>> layer.weight.data, layer.weight.grad = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 10.0]])
@@ -91,12 +89,7 @@ CARD = Card(
     kind="gradient",
     normalized_over="each output unit's gradient, against the unit's weights",
     formula="G_i <- G_i * min(1, clip * max(||W_i||, eps) / ||G_i||)",
-    paper=Paper(
-        "Brock, Andrew and De, Soham and Smith, Samuel L. and Simonyan, Karen",
-        "High-Performance Large-Scale Image Recognition Without Normalization",
-        2021,
-        "https://arxiv.org/abs/2102.06171",
-    ),
+    paper=paper("brock2021highperformance"),
     use_cases="networks without activation norms at large batches and learning rates",
     strengths="a threshold that fits every layer, as it is relative to the weights",
     weaknesses="two norms per unit and step; the last layer must be left out",

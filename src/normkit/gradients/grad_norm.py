@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.errors import OptionError, ShapeError, check_options
 from normkit.core.moments import accumulation_dtype
 
@@ -50,16 +50,13 @@ class GradNorm(nn.Module):
         minimum: smallest weight, before they are scaled. Default: 1e-6.
         path: ``"exact"`` or ``"autograd"``. Default: ``"exact"``.
 
-    Shape:
-        (tasks,) or a sequence of scalars; the output is a scalar.
+    Shape: (tasks,) or a sequence of scalars; the output is a scalar.
 
     Raises:
         OptionError: an option outside its range, or a first loss that is negative.
         ShapeError: another number of losses.
 
-    Reference:
-        Chen, Badrinarayanan, Lee, Rabinovich, "GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep Multitask
-        Networks" (2018), https://arxiv.org/abs/1711.02257.
+    Reference: Chen, Badrinarayanan, Lee, Rabinovich, "GradNorm" (2018), https://arxiv.org/abs/1711.02257.
 
     >>> shared = nn.Parameter(torch.ones(1))
     >>> balance = GradNorm(2, alpha=0.0, rate=0.1, step="additive")
@@ -101,8 +98,7 @@ class GradNorm(nn.Module):
             losses: one scalar per task, each computed through the shared parameters.
             shared: the parameters at which gradients are compared: the last layer that all tasks share.
 
-        Returns:
-            The sum, on which to call ``backward``; its weights are constants.
+        Returns the sum, on which to call ``backward``; its weights are constants.
         """
         stacked = losses if isinstance(losses, Tensor) else torch.stack(list(losses))
         if stacked.shape != self.weights.shape:
@@ -158,16 +154,8 @@ def grad_norm(
 ) -> Balance:
     """Compute gradient norms, their targets, and the slope of sum_i |G_i - t_i| for each weight; see GradNorm.
 
-    Args:
-        losses: one scalar per task.
-        shared: the parameters at which gradients are compared.
-        weights: weights of the tasks.
-        initial: the first losses; a task with 0 counts as keeping pace.
-        alpha: restoring force.
-        path: ``"exact"`` or ``"autograd"``.
-
-    Returns:
-        Norms, targets and slopes, one per task, detached; the losses can still be differentiated.
+    Of one scalar loss per task at the ``shared`` parameters, with the tasks' ``weights`` and ``initial`` losses; ``alpha`` and
+    ``path`` are those of GradNorm. All is detached; the losses can still be differentiated.
 
     Raises:
         OptionError: a loss does not depend on any shared parameter that requires a gradient.
@@ -226,12 +214,7 @@ CARD = Card(
     kind="gradient",
     normalized_over="each task's gradient at the last shared layer",
     formula="minimize sum_i |G_i - mean(G) r_i^alpha| by w, where G_i = ||d(w_i L_i)/dW|| and sum_i w_i = tasks",
-    paper=Paper(
-        "Chen, Zhao and Badrinarayanan, Vijay and Lee, Chen-Yu and Rabinovich, Andrew",
-        "GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep Multitask Networks",
-        2018,
-        "https://arxiv.org/abs/1711.02257",
-    ),
+    paper=paper("chen2018gradnorm"),
     use_cases="multi-task networks whose losses differ in scale and pace",
     strengths="one number alpha instead of a search over the weights of all losses",
     weaknesses="one backward pass to the shared layer per task; noisy for few samples per batch",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.errors import OptionError
 from normkit.core.support import Support
 from normkit.weights.layout import raw_parameters
@@ -39,10 +39,9 @@ class GradientNormalizer:
     Raises:
         OptionError: an unknown mode, nothing to do, no parameters, or unknown layers.
 
-    Reference:
-        Unit length: Hazan, Levy, Shalev-Shwartz, "Beyond Convexity: Stochastic Quasi-Convex Optimization" (2015),
-        https://arxiv.org/abs/1507.02030. Centralization: Yong et al., "Gradient Centralization" (2020),
-        https://arxiv.org/abs/2004.01461.
+    Reference: Unit length: Hazan, Levy, Shalev-Shwartz, "Beyond Convexity: Stochastic Quasi-Convex Optimization"
+    (2015), https://arxiv.org/abs/1507.02030. Centralization: Yong et al., "Gradient Centralization" (2020),
+    https://arxiv.org/abs/2004.01461.
 
     >>> w = nn.Parameter(torch.zeros(2))
     >>> with GradientNormalizer([w]):
@@ -165,12 +164,7 @@ CARD = Card(
     kind="gradient",
     normalized_over="each parameter's, each layer's or the whole gradient; or each output unit's fan-in",
     formula="g <- g / ||g||;  g <- g - mean(g)",
-    paper=Paper(
-        "Yong, Hongwei and Huang, Jianqiang and Hua, Xiansheng and Zhang, Lei",
-        "Gradient Centralization: A New Optimization Technique for Deep Neural Networks",
-        2020,
-        "https://arxiv.org/abs/2004.01461",
-    ),
+    paper=paper("yong2020gradient"),
     use_cases="plateaus and cliffs; losses whose scale is not known; recurrent networks",
     strengths="the learning rate alone sets the step's length; no threshold to choose",
     weaknesses="gradients no longer shrink near a minimum, so the rate must; noise steps as far as signal",

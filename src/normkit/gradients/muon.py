@@ -1,7 +1,5 @@
 """Muon and its relatives: step a matrix along its orthogonalized momentum, equilibrated before or normalized after."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
@@ -10,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.errors import OptionError, check_options
 from normkit.gradients.adaptive_clipping import last_linear
 from normkit.weights.layout import WeightLayout, raw_parameters
@@ -53,11 +51,11 @@ class Muon(Optimizer):
     Raises:
         OptionError: an argument outside its range, or a parameter with fewer than two axes among the matrices.
 
-    Reference:
-        Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024), https://kellerjordan.github.io/posts/muon;
-        Chang, Shi, Zhang et al., "MuonEq: Balancing Before Orthogonalization with Lightweight Equilibration" (2026),
-        https://arxiv.org/abs/2603.28254; Li, Liu, Liang, Chen, Zhao, "NorMuon" (2025), https://arxiv.org/abs/2510.05491; Zhang et
-        al., "Muon+" (2026), https://arxiv.org/abs/2602.21545. The formulas follow abstracts and restatements.
+    Reference: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024),
+    https://kellerjordan.github.io/posts/muon; Chang, Shi, Zhang et al., "MuonEq: Balancing Before Orthogonalization
+    with Lightweight Equilibration" (2026), https://arxiv.org/abs/2603.28254; Li, Liu, Liang, Chen, Zhao, "NorMuon"
+    (2025), https://arxiv.org/abs/2510.05491; Zhang et al., "Muon+" (2026), https://arxiv.org/abs/2602.21545. The
+    formulas follow abstracts and restatements.
 
     >>> layer = nn.Linear(2, 2, bias=False)
     >>> _ = nn.init.zeros_(layer.weight)
@@ -231,12 +229,7 @@ CARD = Card(
     kind="gradient",
     normalized_over="the rows, columns or both of each matrix's momentum, before it is orthogonalized",
     formula="W <- W - lr * 0.2 sqrt(max(m, n)) * UV',  U S V' = D_r^(-1/2) b D_c^(-1/2)",
-    paper=Paper(
-        "Chang, Da and Shi, Qiankun and Zhang, Lvgang",
-        "MuonEq: Balancing Before Orthogonalization with Lightweight Equilibration",
-        2026,
-        "https://arxiv.org/abs/2603.28254",
-    ),
+    paper=paper("chang2026muoneq"),
     use_cases="hidden weights of transformers, instead of AdamW",
     strengths="the diagonal of weight conditioning on the update: a better start for the Newton-Schulz steps",
     weaknesses="matrix products at every step; embeddings, head, gains and biases still need AdamW",

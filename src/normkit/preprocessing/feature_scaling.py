@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.errors import OptionError
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
@@ -28,14 +28,12 @@ class MinMaxScaling(Scaling):
         support: which elements share a statistic. Default: ``Support("n *", over="n")``, per feature.
         dtype: dtype of the statistics. Default: float64.
 
-    Shape:
-        The support's axes; the output has the same shape.
+    Shape: The support's axes; the output has the same shape.
 
     Raises:
         OptionError: low is not below high.
 
-    Reference:
-        Han, Kamber, Pei, "Data Mining: Concepts and Techniques" (2011), https://doi.org/10.1016/C2009-0-61819-5, section 3.5.2.
+    Reference: Han, Kamber, Pei, "Data Mining" (2011), https://doi.org/10.1016/C2009-0-61819-5, section 3.5.2.
 
     >>> scaling = MinMaxScaling().fit(torch.tensor([[1.0, 10.0], [3.0, 30.0]]))
     >>> scaling(torch.tensor([[2.0, 40.0]]))
@@ -81,17 +79,10 @@ class ZScore(Scaling):
     """Give each feature mean 0 and deviation 1 over the training data.
 
     y = (x - E[x]) / sqrt(Var[x]), with the population variance. A feature that is constant in the training data is only
-    centred, and becomes 0.
+    centred, and becomes 0. ``support`` and ``dtype`` are those of MinMaxScaling.
 
-    Args:
-        support: which elements share a statistic. Default: ``Support("n *", over="n")``, per feature.
-        dtype: dtype of the statistics. Default: float64.
-
-    Shape:
-        The support's axes; the output has the same shape.
-
-    Reference:
-        LeCun, Bottou, Orr, Müller, "Efficient BackProp" (1998), https://doi.org/10.1007/3-540-49430-8_2, section 4.3.
+    Reference: LeCun, Bottou, Orr, Müller, "Efficient BackProp" (1998), https://doi.org/10.1007/3-540-49430-8_2, section
+    4.3.
 
     >>> score = ZScore().partial_fit(torch.tensor([[1.0], [2.0]])).partial_fit(torch.tensor([[6.0]]))
     >>> score.mean, score.var
@@ -114,17 +105,10 @@ class ZScore(Scaling):
 class MeanNormalization(Scaling):
     """Give each feature mean 0 and range 1 over the training data.
 
-    y = (x - E[x]) / (max - min). A feature that is constant in the training data is only centred, and becomes 0.
+    y = (x - E[x]) / (max - min). A feature that is constant in the training data is only centred, and becomes 0. ``support``
+    and ``dtype`` are those of MinMaxScaling.
 
-    Args:
-        support: which elements share a statistic. Default: ``Support("n *", over="n")``, per feature.
-        dtype: dtype of the statistics. Default: float64.
-
-    Shape:
-        The support's axes; the output has the same shape.
-
-    Reference:
-        Ng, "Machine Learning", lecture 4 (2011), https://www.coursera.org/learn/machine-learning.
+    Reference: Ng, "Machine Learning", lecture 4 (2011), https://www.coursera.org/learn/machine-learning.
 
     >>> MeanNormalization().fit(torch.tensor([[1.0], [2.0], [6.0]]))(torch.tensor([[1.0], [6.0]])).T
     tensor([[-0.4000,  0.6000]])
@@ -145,17 +129,10 @@ class MeanNormalization(Scaling):
 class MaxAbsScaling(Scaling):
     """Divide each feature by its largest absolute value in the training data; zeros stay zeros.
 
-    y = x / max|x|. A feature that is zero throughout the training data is unchanged.
+    y = x / max|x|. A feature that is zero throughout the training data is unchanged. ``support`` and ``dtype`` are those of
+    MinMaxScaling.
 
-    Args:
-        support: which elements share a statistic. Default: ``Support("n *", over="n")``, per feature.
-        dtype: dtype of the statistics. Default: float64.
-
-    Shape:
-        The support's axes; the output has the same shape.
-
-    Reference:
-        Pedregosa et al., "Scikit-learn: Machine Learning in Python" (2011), https://jmlr.org/papers/v12/pedregosa11a.html.
+    Reference: Pedregosa et al., "Scikit-learn" (2011), https://jmlr.org/papers/v12/pedregosa11a.html.
 
     >>> MaxAbsScaling().fit(torch.tensor([[1.0], [-4.0]]))(torch.tensor([[1.0], [8.0]])).T
     tensor([[0.2500, 2.0000]])
@@ -215,12 +192,7 @@ _card = partial(Card, kind="input", normalized_over="each feature, over the trai
 CARD_MIN_MAX = _card(
     title="Min-max scaling",
     formula="y = low + (x - min[x]) / (max[x] - min[x]) * (high - low)",
-    paper=Paper(
-        "Han, Jiawei and Kamber, Micheline and Pei, Jian",
-        "Data Mining: Concepts and Techniques",
-        2011,
-        "https://doi.org/10.1016/C2009-0-61819-5",
-    ),
+    paper=paper("han2011data"),
     use_cases="inputs with known bounds, such as pixels; targets of a sigmoid or tanh output",
     strengths="known bounds; no cost; a constant feature does no harm",
     weaknesses="one outlier compresses all else; data outside the training range exceeds the bounds unless clipped",
@@ -232,12 +204,7 @@ CARD_MIN_MAX = _card(
 CARD_Z_SCORE = _card(
     title="Standardization (z-score)",
     formula="y = (x - E[x]) / sqrt(Var[x])",
-    paper=Paper(
-        "LeCun, Yann and Bottou, Léon and Orr, Genevieve B. and Müller, Klaus-Robert",
-        "Efficient BackProp",
-        1998,
-        "https://doi.org/10.1007/3-540-49430-8_2",
-    ),
+    paper=paper("lecun1998efficient"),
     use_cases="the default for real-valued inputs and regression targets",
     strengths="one learning rate fits all features; removes the mean's huge eigenvalue from the curvature of the loss",
     weaknesses="outliers affect both statistics; correlation between features remains",
@@ -249,7 +216,7 @@ CARD_Z_SCORE = _card(
 CARD_MEAN = _card(
     title="Mean normalization",
     formula="y = (x - E[x]) / (max[x] - min[x])",
-    paper=Paper("Ng, Andrew", "Machine Learning", 2011, "https://www.coursera.org/learn/machine-learning"),
+    paper=paper("ng2011machine"),
     use_cases="bounded inputs that should be centred",
     strengths="centred, and within [-1, 1] on the training data",
     weaknesses="one outlier compresses all else; deviations still differ between features",
@@ -261,12 +228,7 @@ CARD_MEAN = _card(
 CARD_MAX_ABS = _card(
     title="Max-abs scaling",
     formula="y = x / max|x|",
-    paper=Paper(
-        "Pedregosa, Fabian and Varoquaux, Gaël and Gramfort, Alexandre and others",
-        "Scikit-learn: Machine Learning in Python",
-        2011,
-        "https://jmlr.org/papers/v12/pedregosa11a.html",
-    ),
+    paper=paper("pedregosa2011scikitlearn"),
     use_cases="sparse inputs: counts and bags of words",
     strengths="keeps zeros and signs; within [-1, 1] on the training data",
     weaknesses="does not centre; one outlier compresses all else",

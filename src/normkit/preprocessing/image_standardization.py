@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.errors import OptionError, ProtocolError, ShapeError
 from normkit.core.support import Support
 from normkit.preprocessing.fitting import Scaling, deviation, like
@@ -40,16 +40,13 @@ class ImageStandardization(Scaling):
         maximum: the largest pixel value. Default: 255 for uint8, else 1.
         dtype: dtype of the statistics. Default: float64.
 
-    Shape:
-        The layout's axes; the output has the same shape; uint8 becomes torch's default dtype.
+    Shape: The layout's axes; the output has the same shape; uint8 becomes torch's default dtype.
 
     Raises:
         OptionError: an unknown name or layout, or invalid numbers.
         ProtocolError: ``partial_fit`` after given constants, whose number of pixels is not known.
 
-    Reference:
-        Krizhevsky, Sutskever, Hinton, "ImageNet Classification with Deep Convolutional Neural Networks" (2012),
-        https://doi.org/10.1145/3065386, section 2.
+    Reference: Krizhevsky, Sutskever, Hinton (2012), https://doi.org/10.1145/3065386, section 2.
 
     >>> white = torch.full((1, 1, 1, 1), 255, dtype=torch.uint8)
     >>> ImageStandardization("mnist")(white)
@@ -153,12 +150,7 @@ CARD = Card(
     kind="input",
     normalized_over="each channel, over the images and positions of a data set",
     formula="y = (x / maximum - mean_c) / std_c",
-    paper=Paper(
-        "Krizhevsky, Alex and Sutskever, Ilya and Hinton, Geoffrey E.",
-        "ImageNet Classification with Deep Convolutional Neural Networks",
-        2012,
-        "https://doi.org/10.1145/3065386",
-    ),
+    paper=paper("krizhevsky2012imagenet"),
     use_cases="image classifiers; all that was pretrained on ImageNet",
     strengths="shared constants, to which pretrained weights are adapted",
     weaknesses="the constants of another data set do not standardize yours",

@@ -6,7 +6,7 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.errors import OptionError, ProtocolError, ShapeError
 from normkit.core.support import Split, Support, per_shape, show
 from normkit.preprocessing.fitting import Scaling, batches, constant_as_one, like, wide
@@ -26,15 +26,13 @@ class RobustScaling(Scaling):
         support: which elements share a statistic. Default: ``Support("n *", over="n")``, per feature.
         dtype: dtype of the statistics. Default: float64.
 
-    Shape:
-        The support's axes; the output has the same shape.
+    Shape: The support's axes; the output has the same shape.
 
     Raises:
         OptionError: the quantiles are not increasing numbers from 0 to 100.
         ProtocolError: ``partial_fit``.
 
-    Reference:
-        Pedregosa et al., "Scikit-learn: Machine Learning in Python" (2011), https://jmlr.org/papers/v12/pedregosa11a.html.
+    Reference: Pedregosa et al., "Scikit-learn" (2011), https://jmlr.org/papers/v12/pedregosa11a.html.
 
     >>> scaling = RobustScaling().fit(torch.tensor([[1.0], [2.0], [3.0], [4.0], [1000.0]]))
     >>> scaling(torch.tensor([[1.0], [4.0], [1000.0]])).T
@@ -119,12 +117,7 @@ CARD = Card(
     kind="input",
     normalized_over="each feature, over the training data",
     formula="y = (x - median[x]) / (Q3[x] - Q1[x])",
-    paper=Paper(
-        "Pedregosa, Fabian and Varoquaux, Gaël and Gramfort, Alexandre and others",
-        "Scikit-learn: Machine Learning in Python",
-        2011,
-        "https://jmlr.org/papers/v12/pedregosa11a.html",
-    ),
+    paper=paper("pedregosa2011scikitlearn"),
     use_cases="measured inputs with outliers or heavy tails",
     strengths="up to a quarter of the data may be outliers without affecting the statistics",
     weaknesses="does not stream: fitting holds all data in memory; outliers stay as large as they are",

@@ -1,7 +1,5 @@
 """The arithmetic of folding: a scale and a shift per channel, taken into the layer before or behind them."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd

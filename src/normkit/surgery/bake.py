@@ -1,7 +1,5 @@
 """Bake weight parametrizations in: the effective weight becomes the plain parameter."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -71,9 +69,6 @@ def plain(model: nn.Module) -> Iterator[nn.Module]:
 
     Args:
         model: any module.
-
-    Yields:
-        The model.
 
     Raises:
         SurgeryError: a tied weight would be untied.

@@ -1,7 +1,5 @@
 """Gain and bias of new norms fitted to the mean and deviation of what the old ones gave, one norm after another."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress

@@ -1,7 +1,5 @@
 """Weight decay of a norm's gain and bias: towards 1 and 0 rather than both towards 0, or not at all."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -12,16 +10,15 @@ from torch.nn.utils import parametrize
 
 from normkit.activations.conditional_norm import ConditionalNorm
 from normkit.activations.divisive_norm import HeegerNorm, LyuSimoncelliNorm
-from normkit.activations.fix_norm import FixNorm
 from normkit.activations.gdn import GDN
 from normkit.activations.global_response_norm import GlobalResponseNorm
 from normkit.activations.hypersphere import LearnedScale
 from normkit.activations.recurrent_layer_norm import LayerNormGRUCell, LayerNormLSTMCell, LayerNormRNNCell
+from normkit.activations.scale_norm import FixNorm
 from normkit.catalogue.methods import METHODS
 from normkit.core.errors import OptionError
 from normkit.engine.layer import Layer
-from normkit.surgery.from_one import FromOne
-from normkit.surgery.norms import is_norm
+from normkit.surgery.norms import FromOne, is_norm
 from normkit.weights.attachment import attach
 
 Target = Literal[0, 1]
@@ -51,12 +48,11 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer, with decays of their own for weights, norms, biases of other layers, and what is none of these.
 
-    A parameter is a norm's if its class is one of normkit's or torch's norms, or looks like one; a layer inside a norm, as one
-    that computes the gain, is a layer like others. Parameters that need no gradients are left out; one that several layers
-    share is in the group of the first. With ``gamma_target=1`` each norm's gain becomes 1 + d with d the parameter, in place:
-    the decay of any optimizer, coupled or decoupled, then pulls the gain towards 1. The gain's key in the state_dict is then
-    ``parametrizations.weight.original``; ``normkit.fold`` gives the plain one back. Norms that keep their gain as a difference
-    already are not known as such: use 0 for them.
+    A parameter is a norm's if its class is one of normkit's or torch's norms, or looks like one; a layer inside a norm is a layer
+    like others. Parameters that need no gradients are left out; a shared one is in the group of the first that holds it. With
+    ``gamma_target=1`` each norm's gain becomes 1 + d with d the parameter, in place: any optimizer's decay then pulls the gain
+    towards 1. Its key in the state_dict is then ``parametrizations.weight.original``; ``normkit.fold`` gives the plain one back.
+    Norms that keep their gain as a difference already are not known as such: use 0 for them.
 
     None of these is, by dimension, a vector or a number such as a LayerScale or the D of Mamba; by mark, a parameter with a true
     attribute ``_no_weight_decay``, or one that ``no_weight_decay()`` of the module that holds it, or of one around that, names;
@@ -70,16 +66,15 @@ def param_groups(
         other_decay: of what is none of these. Default: 0.
         gamma_target: what the gain decays to: 0, as optimizers do, or 1. Default: 0.
 
-    Returns:
-        A dict each for ``"weights"``, ``"norms"``, ``"biases"`` and ``"others"``, by ``"name"``, where there are any; with the
-        names of its parameters as ``"param_names"``, as optimizers of named parameters have them: the table of what went where.
+    Returns a dict each for ``"weights"``, ``"norms"``, ``"biases"`` and ``"others"``, by ``"name"``, where there are
+    any; with the names of its parameters as ``"param_names"``, as optimizers of named parameters have them: the table
+    of what went where.
 
     Raises:
         OptionError: a negative decay, or another target.
 
-    Reference:
-        Summers and Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization" (2020),
-        https://arxiv.org/abs/1906.03548, section 3.3.
+    Reference: Summers and Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization" (2020),
+    https://arxiv.org/abs/1906.03548, section 3.3.
 
     >>> groups = param_groups(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), 1e-4, norm_decay=1e-5)
     >>> [(group["name"], group["weight_decay"], len(group["params"])) for group in groups]
@@ -130,14 +125,12 @@ def norm_penalty(model: nn.Module, decay: float, gamma_target: Target = 1) -> Te
         decay: its strength.
         gamma_target: what the gain is pulled to: 1 or 0. Default: 1.
 
-    Returns:
-        One number; 0 for a model without norms.
+    Returns one number; 0 for a model without norms.
 
     Raises:
         OptionError: another target.
 
-    Reference:
-        Summers and Dinneen (2020), https://arxiv.org/abs/1906.03548, section 3.3.
+    Reference: Summers and Dinneen (2020), https://arxiv.org/abs/1906.03548, section 3.3.
 
     >>> norm = nn.LayerNorm(2)
     >>> norm.weight.data, norm.bias.data = torch.tensor([1.0, 3.0]), torch.tensor([2.0, 0.0])

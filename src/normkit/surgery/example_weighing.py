@@ -1,7 +1,5 @@
 """Inference example weighing for a trained model: batch normalizations that count the example itself, and how much."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from torch import nn
@@ -28,17 +26,13 @@ def weigh_examples(model: nn.Module, alpha: float = 0.0, count: int | None = Non
         count: elements per channel of a training batch, by which the unbiased variance kept becomes the population's, as
             var (count - 1) / count. Default: None, a count so large that both are the same.
 
-    Returns:
-        The model, which is another object where it was a batch normalization itself, and a row for each.
-
     Raises:
         SurgeryError: the model has no batch normalization with running statistics, or one that does more than that, as in two
             steps or over sub-batches; no layer was changed.
         OptionError: alpha or the count is outside its range.
 
-    Reference:
-        Summers and Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization" (2020),
-        https://arxiv.org/abs/1906.03548, section 3.1.
+    Reference: Summers and Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization" (2020),
+    https://arxiv.org/abs/1906.03548, section 3.1.
 
     >>> print(*weigh_examples(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), alpha=0.05))
     1: BatchNorm2d(8) -> BatchGroupNorm(8, alpha=0.05)
@@ -82,8 +76,7 @@ def choose_alpha(
         score: gives a model's score; more is better.
         alphas: to try, in order; of equal scores the first wins.
 
-    Returns:
-        The score of each alpha.
+    Returns the score of each alpha.
 
     Raises:
         SurgeryError: the model has no BatchGroupNorm.

@@ -1,7 +1,5 @@
 """Fold: bake normalizations into the weights for inference, and prove on an example that nothing changed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -17,17 +15,16 @@ from normkit.activations.rms_norm import RMSNorm
 from normkit.catalogue.methods import METHODS
 from normkit.core.errors import OptionError, SurgeryError
 from normkit.surgery.absorb import absorb_before, absorb_behind, centred, scale_and_shift
-from normkit.surgery.attach import tied_parameters
 from normkit.surgery.bake import bake
 from normkit.surgery.changes import Change, Changes, Refusals, label
-from normkit.surgery.freeze import is_frozen
+from normkit.surgery.condition import tied_parameters
 from normkit.surgery.norms import Norm, describe, is_norm, norms_in, read_norm
+from normkit.surgery.recalibrate import is_frozen
 from normkit.surgery.select import is_gpt2_linear
-from normkit.surgery.stream import Axis, Stream
 from normkit.surgery.substitute import inherit, put
 from normkit.surgery.target import activation_module
 from normkit.surgery.transaction import transaction
-from normkit.surgery.watch import Sight, Watch, run_on, tensors_in
+from normkit.surgery.watch import Axis, Sight, Stream, Watch, run_on, tensors_in
 
 # In evaluation one scale and shift for each channel, as their cards claim and the tests hold them to.
 _FOLDABLE = frozenset(card.module for card in METHODS if card.kind == "activation" and card.foldable)
@@ -71,19 +68,14 @@ def fold(model: nn.Module, example: Any = None, *, centring: bool = False, toler
         tolerance: largest difference of outputs that counts as none, relative to their largest value. Default: by the dtype of
             the output, 1e-4 in float32, 1e-10 in float64.
 
-    Returns:
-        The model, a row per weight and per such norm with the error, the norms that were passed over with the reason, and the
-        way back.
-
     Raises:
         SurgeryError: a tied weight would be untied; the model is not in evaluation mode, or does not give the same finite output
             twice. The model is left as it was.
         OptionError: ``centring`` without an example.
 
-    Reference:
-        Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference" (2018),
-        https://arxiv.org/abs/1712.05877, section 3.2; gains and centring: Ashkboos et al., "SliceGPT" (2024),
-        https://arxiv.org/abs/2401.15024, section 3.2.
+    Reference: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+    Inference" (2018), https://arxiv.org/abs/1712.05877, section 3.2; gains and centring: Ashkboos et al., "SliceGPT"
+    (2024), https://arxiv.org/abs/2401.15024, section 3.2.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).double().eval()
     >>> changes = fold(model, torch.ones(1, 3, 5, 5).double())

@@ -93,9 +93,6 @@ def adopt(
         eps: in place of the framework's default. Default: None.
         momentum: likewise, as the framework counts it. Default: None.
 
-    Returns:
-        The model, a row per norm whose numbers change, and the way back.
-
     Raises:
         OptionError: no such framework.
         NotationError: ``where`` can't be read.

@@ -165,16 +165,12 @@ def place_norms(model: nn.Module, scheme: Scheme, *, optimizer: torch.optim.Opti
             are with ``normkit.Residual``.
         optimizer: of the model's parameters, which follows where norms are created or dropped. Default: None.
 
-    Returns:
-        The model, a row per layer and final norm, and the way back.
-
     Raises:
         OptionError: an unknown scheme.
         SurgeryError: there is no such stack, a norm that can't be copied, or ``"hybrid"`` for attention that it does not fit;
             the model is left as it was.
 
-    Reference:
-        See ``normkit.Residual``.
+    Reference: See ``normkit.Residual``.
 
     >>> layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     >>> changes = place_norms(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), "scaled")

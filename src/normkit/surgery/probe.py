@@ -1,7 +1,5 @@
 """Finds out what an unknown norm computes by running it on random inputs."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import itertools
@@ -30,29 +28,20 @@ _RUNNING = ("running_mean", "running_var")
 
 @dataclass(frozen=True)
 class Found:
-    """What an unknown norm was seen to compute.
+    """What an unknown norm was seen to compute."""
 
-    Args:
-        kind: ``"layer_norm"``, ``"rms_norm"``, ``"batch_norm"`` by statistics that never change, or ``"torch"``: what the class
-            of torch does that it derives from.
-        over: the axes of ``"n c *"`` over which it normalizes, or "" for the last axis.
-        offset: 1 where the gain is 1 + weight, else 0.
-        eps: inside the root.
-        weight: the name of its gain, or "".
-        bias: the name of its bias, or "".
-        shape: how many features it has, before them heads where each has a gain of its own; empty if it takes any number.
-        cast: when a half type is rounded; None where it is otherwise, or that can't be seen.
-        activation: what follows, by its name where normkit's layers know it, else as a module; None where nothing does.
-    """
-
+    # ``"layer_norm"``, ``"rms_norm"``, ``"batch_norm"`` by statistics that never change, or ``"torch"``: what the
+    # class of torch does that it derives from.
     kind: str
-    over: str = ""
-    offset: int = 0
-    eps: float = 0.0
-    weight: str = ""
-    bias: str = ""
+    over: str = ""  # the axes of ``"n c *"`` over which it normalizes, or "" for the last axis
+    offset: int = 0  # 1 where the gain is 1 + weight, else 0
+    eps: float = 0.0  # inside the root
+    weight: str = ""  # the name of its gain, or ""
+    bias: str = ""  # the name of its bias, or ""
+    # How many features it has, before them heads where each has a gain of its own; empty if it takes any number.
     shape: tuple[int, ...] = ()
-    cast: Cast | None = "after weight"
+    cast: Cast | None = "after weight"  # when a half type is rounded; None where it is otherwise, or that can't be seen
+    # What follows, by its name where normkit's layers know it, else as a module; None where nothing does.
     activation: str | nn.Module | None = None
 
 

@@ -1,7 +1,5 @@
 """Hard spectral normalization: weights are divided by their largest singular value in place, after an optimizer's step."""
 
-from __future__ import annotations
-
 from collections.abc import MutableMapping
 
 import torch
@@ -33,9 +31,8 @@ def reassign_spectral_(
     """W <- W / sigma(W) for every chosen weight, in place; sigma is the largest singular value of its 2-D unfolding.
 
     To be called after each step of a discriminator's optimizer, of which it is a part: no change of the model, and not undone.
-    Afterwards each layer is Lipschitz with constant 1, and so is a
-    network of them with activations such as ReLU. The gradient knows nothing of it, other than with ``spectral_norm``. Of a
-    convolution it bounds the unfolding, not the operator (see ``operator_norm``).
+    Afterwards each layer is Lipschitz with constant 1, and so is a network of them with activations such as ReLU. The gradient
+    knows nothing of it, other than with ``spectral_norm``. Of a convolution it bounds the unfolding, not the operator.
 
     Without ``exact``, sigma is u^T W v by power iteration, which comes from below: the norm may stay somewhat above 1. Vectors
     are taken from ``memory`` and left there: keep one dict between calls, and one iteration per call follows a weight that
@@ -50,16 +47,14 @@ def reassign_spectral_(
         memory: u and v by the weight's name; read and written. Default: None.
         eps: floor of sigma. Default: 1e-12.
 
-    Returns:
-        sigma before, by the weight's name.
+    Returns sigma before, by the weight's name.
 
     Raises:
         SurgeryError: nothing is chosen, or a chosen weight is parametrized; nothing was changed.
         OptionError: no iteration, or memory together with ``exact``.
 
-    Reference:
-        Miyato, Kataoka, Koyama, Yoshida, "Spectral Normalization for Generative Adversarial Networks" (2018),
-        https://arxiv.org/abs/1802.05957.
+    Reference: Miyato, Kataoka, Koyama, Yoshida, "Spectral Normalization for Generative Adversarial Networks" (2018),
+    https://arxiv.org/abs/1802.05957.
 
     >>> layer = nn.Linear(2, 2)
     >>> layer.weight.data = torch.tensor([[4.0, 0.0], [0.0, 1.0]])

@@ -1,6 +1,4 @@
-"""Precise batch normalization: running statistics estimated again, each element counting once."""
-
-from __future__ import annotations
+"""Running statistics: estimated again, each element counting once, or held through ``train()``."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,16 +11,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from normkit.activations.batch_group_norm import BatchGroupNorm
+from normkit.activations.batch_norm import MeanOnlyBatchNorm
 from normkit.activations.batch_renorm import BatchRenorm, RenormSchedule
 from normkit.activations.conditional_norm import ConditionalNorm, SpatiallyAdaptiveNorm
-from normkit.activations.exemplar_norm import ExemplarNorm
-from normkit.activations.mean_only_batch_norm import MeanOnlyBatchNorm
 from normkit.activations.recurrent_batch_norm import RecurrentBatchNorm, padding_mask
-from normkit.activations.switchable_norm import SwitchableNorm
+from normkit.activations.switchable_norm import ExemplarNorm, SwitchableNorm
 from normkit.core.errors import OptionError, SurgeryError
 from normkit.core.moments import Moments, moments
 from normkit.surgery.changes import Change, Changes, PassedOver, label
-from normkit.surgery.freeze import is_frozen
+from normkit.surgery.norms import describe
+from normkit.surgery.select import Where, choose
 from normkit.surgery.transaction import transaction
 from normkit.surgery.watch import modes_kept
 
@@ -74,16 +72,14 @@ def recalibrate(
         across_processes: whether the batches of all processes of ``torch.distributed`` count together, so that each gets the same
             statistics; all must call it, and each may have batches of its own, or none. Default: False.
 
-    Returns:
-        A row for each layer, with the batches and the elements per channel that it saw; passed over are those whose running
-        statistics are not of this kind, as instance normalization's or those of each step of a sequence.
+    Returns a row for each layer, with the batches and the elements per channel that it saw; passed over are those whose
+    running statistics are not of this kind, as instance normalization's or those of each step of a sequence.
 
     Raises:
         SurgeryError: the model has no such layer, there are no batches, or a layer is never called.
         OptionError: another estimator, or a limit below 1.
 
-    Reference:
-        Wu and Johnson, "Rethinking 'Batch' in BatchNorm" (2021), https://arxiv.org/abs/2105.07576, section 3.
+    Reference: Wu and Johnson, "Rethinking 'Batch' in BatchNorm" (2021), https://arxiv.org/abs/2105.07576, section 3.
 
     >>> model = nn.Sequential(nn.BatchNorm1d(1))
     >>> changes = recalibrate(model, [torch.zeros(98, 1), torch.ones(2, 1)])
@@ -244,3 +240,95 @@ def forward_batch(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(batch[0] if isinstance(batch, list | tuple) else batch)
+
+
+def freeze(model: nn.Module, where: Where = "all", *, statistics: bool = True, affine: bool = True) -> Changes:
+    """Let batch normalizations stay as they are through ``model.train()``, in place, until ``unfreeze``.
+
+    ``requires_grad_(False)`` leaves the running statistics moving, and ``eval()`` of a layer is undone by the next ``train()`` of
+    the model. Here a hook on the layer puts it into evaluation each time that it runs; parameters, keys and class stay.
+
+    Args:
+        model: any module.
+        where: which normalizations with running statistics, as in ``select``, by their names. Default: "all".
+        statistics: whether running statistics stay, and are what the layer normalizes by. Default: True.
+        affine: whether weight and bias stay. Default: True.
+
+    Returns the model, a row per layer, and the way back, which restores each ``requires_grad`` as it was; ``unfreeze``
+    sets all of them to True.
+
+    Raises:
+        NotationError: ``where`` can't be read.
+        OptionError: neither is to stay.
+        SurgeryError: no layer keeps running statistics, or none is chosen.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.BatchNorm1d(2))
+    >>> print(freeze(model))
+    layer  before          after           note
+    0      BatchNorm1d(2)  BatchNorm1d(2)  statistics, weight and bias stay
+    >>> _ = model.train()(torch.randn(8, 2))
+    >>> model[0].running_mean, model[0].num_batches_tracked
+    (tensor([0., 0.]), tensor(0))
+    """
+    if not statistics and not affine:
+        raise OptionError("freeze: statistics=False and affine=False leave nothing to freeze; choose one at least")
+    chosen = _normalizations(model, where)
+    said = {(True, True): "statistics, weight and bias", (True, False): "statistics"}.get(
+        (statistics, affine), "weight and bias"
+    )
+    rows = []
+    with transaction(model) as opened:
+        for name, norm in chosen.items():
+            if statistics and not is_frozen(norm):
+                norm.register_forward_pre_hook(_stay)
+                norm.training = False
+            for parameter in norm.parameters(recurse=False):
+                parameter.requires_grad_(parameter.requires_grad and not affine)
+            rows.append(Change(label(name), describe(norm), describe(norm), f"{said} stay"))
+        return opened.close(model, rows)
+
+
+def unfreeze(model: nn.Module, where: Where = "all") -> Changes:
+    """Let normalizations go on that ``freeze`` holds, in place: weight and bias are trained, and the mode is the model's.
+
+    Args:
+        model: any module.
+        where: which of them, as for ``freeze``. Default: "all".
+
+    Raises:
+        NotationError: ``where`` can't be read.
+        SurgeryError: no layer keeps running statistics, or none is chosen.
+
+    >>> model = nn.Sequential(nn.BatchNorm1d(2))
+    >>> print(*unfreeze(freeze(model).model), model[0].training)
+    0: BatchNorm1d(2) -> BatchNorm1d(2) (goes on) True
+    """
+    rows = []
+    with transaction(model) as opened:
+        for name, norm in _normalizations(model, where).items():
+            for key, hook in list(norm._forward_pre_hooks.items()):
+                if hook is _stay:
+                    del norm._forward_pre_hooks[key]
+            norm.training = model.training if norm is not model else True
+            norm.requires_grad_(True)
+            rows.append(Change(label(name), describe(norm), describe(norm), "goes on"))
+        return opened.close(model, rows)
+
+
+def is_frozen(norm: nn.Module) -> bool:
+    """Whether ``freeze`` holds a layer's statistics."""
+    return any(hook is _stay for hook in norm._forward_pre_hooks.values())
+
+
+def _stay(norm: nn.Module, args: Any) -> None:
+    norm.training = False
+
+
+def _normalizations(model: nn.Module, where: Where) -> dict[str, nn.Module]:
+    # What updates statistics has a momentum; a frozen class has none, and stays by itself.
+    kept = {name: module for name, module in model.named_modules() if hasattr(module, "momentum")}
+    found = {name: module for name, module in kept.items() if isinstance(module._buffers.get("running_mean"), Tensor)}
+    if not found:
+        raise SurgeryError("no layer of the model keeps running statistics that move")
+    return choose(found, where, "normalizations with running statistics")

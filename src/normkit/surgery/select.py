@@ -1,7 +1,5 @@
 """Which layers: a word, a pattern or a predicate, read against a model."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 
@@ -54,8 +52,7 @@ def select(model: nn.Module, where: Where = "all") -> dict[str, nn.Module]:
         model: any module.
         where: a word, a pattern or a predicate. Default: ``"all"``.
 
-    Returns:
-        Names and layers, each module once, under its first name.
+    Returns names and layers, each module once, under its first name.
 
     Raises:
         NotationError: there is no such word, the pattern can't be read, or it is neither text nor a function.

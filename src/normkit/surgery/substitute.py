@@ -1,7 +1,5 @@
 """Puts modules in the place of others, with the hooks, modes and attributes of those."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any

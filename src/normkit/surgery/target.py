@@ -19,9 +19,7 @@ from normkit.core.support import show
 from normkit.engine.call import Activation
 from normkit.engine.layer import Layer
 from normkit.surgery.changes import label
-from normkit.surgery.from_one import count_from_one
-from normkit.surgery.frozen_batch_norm import FrozenBatchNorm
-from normkit.surgery.norms import Norm, has_flag, reach
+from normkit.surgery.norms import FrozenBatchNorm, Norm, count_from_one, has_flag, reach
 
 OVER_POSITIONS = "statistics over positions: in a causal model tokens see later ones, and padding counts"
 _FROZEN = "frozen_bn"

@@ -1,11 +1,14 @@
-"""Checkpoints from one form to another: plain, weight and spectral norm old and new, parametrized; those of flax and keras."""
-
-from __future__ import annotations
+"""Checkpoints from one form to another, in files too: weights plain, normalized or parametrized; those of flax and keras."""
 
 import copy
+import importlib
+import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from os import PathLike, fspath
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -13,15 +16,14 @@ from normkit.core.errors import SurgeryError
 from normkit.core.support import show
 from normkit.surgery.bake import bake
 from normkit.surgery.changes import Change, Changes, label
-from normkit.surgery.checkpoint_file import Path, read_checkpoint, write_checkpoint
 from normkit.surgery.framework import Framework, check_framework, from_framework, to_framework, to_torch
-from normkit.surgery.from_one import loads_difference
-from normkit.surgery.norms import norms_in, read_norm
+from normkit.surgery.norms import loads_difference, norms_in, read_norm
 from normkit.surgery.select import Where, choose
 from normkit.surgery.transaction import transaction
 from normkit.surgery.weight_forms import Known, translate_weight, weights_of
 
 Rename = Callable[[str], str]
+Path = str | PathLike[str]
 To = Literal["model", "plain", "flax", "keras"]
 
 
@@ -50,12 +52,10 @@ def translate(
 
     Each becomes each: a plain weight is given to a model's parametrizations by what they know as their inverse, and a normalized
     one becomes plain as g v / |v| or as W / (u W v). What a method has no room for, as the length of a spectrally normalized
-    weight, is lost. A method that forgets its raw weight's length, as weight standardization or equilibration, takes a plain
-    weight as its raw one. Another parametrization's raw weight fits the same parametrization alone. The ``gain`` of timm's scaled
-    standardized convolutions is that of ``scaled_weight_standardization``.
+    weight, is lost; one that forgets its raw weight's length, as equilibration, takes a plain weight as its raw one. Another
+    parametrization's raw weight fits the same one alone. timm's ``gain`` is that of ``scaled_weight_standardization``.
 
-    Of flax and keras, nested dicts or flat ones with ``/`` or ``.`` between the parts, names and layouts of norms and of the
-    weights that they sit on are known:
+    Of flax and keras, nested dicts or flat ones with ``/`` or ``.`` between the parts, norms and their layers are known:
 
     ================  =====================  ===============================
     here              flax                   keras
@@ -83,8 +83,7 @@ def translate(
             True for all, False for none. Default: None, those that do so in the model.
         save: path to write the result to, likewise. Default: None.
 
-    Returns:
-        A state_dict with the model's keys, every one of them, in the model's order; or with those asked for.
+    Returns a state_dict with the model's keys, every one of them, in the model's order; or with those asked for.
 
     Raises:
         SurgeryError: a key that the model wants is not there in any form, one of the checkpoint is left over, a shape differs,
@@ -145,9 +144,6 @@ def accept(
         source: as for ``translate``.
         rename: as for ``translate``; a function of a module's top level, where the model is to be pickled.
         from_one: as for ``translate``.
-
-    Returns:
-        The model, one row, and the way back.
 
     Raises:
         OptionError: no such framework. Then, at each load, SurgeryError as ``translate``, but not for missing or left over keys.
@@ -274,3 +270,41 @@ def _translated(given: Known, model: nn.Module) -> tuple[Known, set[str]]:
 
 def _some(keys: list[str]) -> str:
     return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "") if keys else "none"
+
+
+_ENDING = ".safetensors"
+
+
+def read_checkpoint(path: Path) -> Mapping[Any, Any]:
+    """The tensors in a file; nothing in it is run."""
+    if fspath(path).endswith(_ENDING):
+        return _safetensors().load_file(path)
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    held = found.get("state_dict", found) if isinstance(found, Mapping) else None
+    if held is None:
+        raise SurgeryError(f"{fspath(path)}: wanted tensors by name; got a {type(found).__name__}")
+    return held
+
+
+def write_checkpoint(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write tensors by name, each for itself where they share memory; a file that was there is whole until the new one is."""
+    part = f"{fspath(path)}.part"
+    try:
+        if fspath(path).endswith(_ENDING):
+            written = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
+            _safetensors().save_file(written, part, metadata={"format": "pt"})
+        else:
+            torch.save(dict(state), part)
+        os.replace(part, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(part)
+
+
+def _safetensors() -> Any:
+    try:
+        return importlib.import_module("safetensors.torch")
+    except ModuleNotFoundError:
+        raise SurgeryError(
+            f"{_ENDING} files need safetensors, which is not installed; pip install safetensors"
+        ) from None

@@ -1,7 +1,5 @@
 """The forms in which checkpoints keep a weight: plain, weight and spectral norm old and new, parametrized; each from each."""
 
-from __future__ import annotations
-
 import copy
 from itertools import chain
 
@@ -12,7 +10,7 @@ from torch.nn.utils import parametrize
 from normkit.core.errors import SurgeryError
 from normkit.core.support import show
 from normkit.surgery.changes import label
-from normkit.surgery.from_one import loads_difference
+from normkit.surgery.norms import loads_difference
 from normkit.weights.layout import weight_layout
 from normkit.weights.parametrization import Parametrization
 

@@ -1,7 +1,5 @@
 """The output units and input units of a layer's weight."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -84,8 +82,7 @@ class WeightLayout:
         Args:
             weight: a weight of two axes or more.
 
-        Returns:
-            A view if the strides allow it, else a copy.
+        Returns a view if the strides allow it, else a copy.
 
         Raises:
             ShapeError: the weight has fewer than two axes, or does not split into the groups.

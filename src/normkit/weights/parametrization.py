@@ -1,4 +1,4 @@
-"""The base of weight parametrizations that run on the kernels where these take the weight."""
+"""The base of weight parametrizations that run on the kernels where these take the weight, and the reciprocal of a norm."""
 
 import math
 from typing import Any, ClassVar
@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from normkit.core.errors import ShapeError
 from normkit.core.rule import Rule
+from normkit.core.statistic import length
 from normkit.core.support import per_shape, show
+from normkit.engine.eager import traced
 from normkit.weights import kernels
 from normkit.weights.multi_tensor import Share
 from normkit.weights.spare import Spare
@@ -105,3 +107,30 @@ def release(model: nn.Module) -> None:
     for part in model.modules():
         if isinstance(part, Parametrization):
             part._spare.empty()
+
+
+def inverse_norm(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    """Compute 1 / max(norm, eps) over some axes, kept with size 1.
+
+    Autograd through the definition gives NaN for the second derivative at a zero row; this gives zero.
+    """
+    if traced():
+        return length(x, dims).clamp_min(eps).reciprocal()
+    return _InverseNorm.apply(x, dims, eps)  # pyright: ignore[reportReturnType]
+
+
+class _InverseNorm(torch.autograd.Function):
+    # A forward with ctx, not setup_context: for a small weight the latter costs more than the norm.
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, dims, ctx.eps = inputs
+        inverse = length(x, dims).clamp_min_(ctx.eps).reciprocal_()
+        ctx.save_for_backward(x, inverse)
+        return inverse
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        x, inverse = ctx.saved_tensors
+        # Against the very reciprocal that the floor gives: in floating point (1 / eps) * eps may be less than 1.
+        above = inverse < torch.full_like(inverse, ctx.eps).reciprocal()
+        return x * torch.where(above, -gradients[0] * inverse**3, 0.0), None, None

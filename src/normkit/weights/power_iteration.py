@@ -25,14 +25,12 @@ def power_iteration(
         iterations: number of iterations, from 0. Default: 1.
         eps: a product no longer than this leaves its vector unchanged. Default: 1e-12.
 
-    Returns:
-        u and v, of length 1, in the accumulation dtype.
+    Returns u and v, of length 1, in the accumulation dtype.
 
     Raises:
         ShapeError: the tensor is not a matrix.
 
-    Reference:
-        Miyato, Kataoka, Koyama, Yoshida (2018), https://arxiv.org/abs/1802.05957, algorithm 1.
+    Reference: Miyato, Kataoka, Koyama, Yoshida (2018), https://arxiv.org/abs/1802.05957, algorithm 1.
 
     >>> W = torch.tensor([[1.0, 5.0], [0.0, 0.5]])
     >>> u, v = power_iteration(W, v=torch.tensor([1.0, 0.0]), iterations=10)

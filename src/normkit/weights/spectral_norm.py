@@ -1,7 +1,5 @@
 """Spectral normalization: the weight's largest singular value is 1."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 
 import torch
@@ -9,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.memory import recomputed
 from normkit.core.moments import accumulation_dtype
@@ -42,15 +40,12 @@ class SpectralNorm(Parametrization):
         eps: floor of norms and of sigma. Default: 1e-12.
         exact: whether to use a singular value decomposition instead of iterations. Default: False.
 
-    Shape:
-        That of ``weight``; the output has the same shape.
+    Shape: That of ``weight``; the output has the same shape.
 
     Raises:
         OptionError: no such axis, or no iteration.
 
-    Reference:
-        Miyato, Kataoka, Koyama, Yoshida, "Spectral Normalization for Generative Adversarial Networks" (2018),
-        https://arxiv.org/abs/1802.05957.
+    Reference: Miyato, Kataoka, Koyama, Yoshida (2018), https://arxiv.org/abs/1802.05957.
 
     >>> SpectralNorm(torch.tensor([[3.0, 0.0], [0.0, 1.0]])).eval()(torch.tensor([[3.0, 0.0], [0.0, 1.0]])).round(decimals=4)
     tensor([[1.0000, 0.0000],
@@ -172,21 +167,8 @@ def spectral_norm(
     """Apply spectral normalization to a layer, in place; the raw weight stays the trained parameter.
 
     ``torch.nn.utils.parametrizations.spectral_norm`` with the same arguments, buffers and state_dict keys, and no NaN from a
-    zero weight. Set the layer to evaluation before folding it; otherwise folding iterates once more.
-
-    Args:
-        layer: the layer that holds the weight.
-        name: name of the weight. Default: "weight".
-        n_power_iterations: iterations at each use in training. Default: 1.
-        eps: floor of norms and of sigma. Default: 1e-12.
-        dim: the axis that indexes output units; None for 1 in transposed convolutions and 0 in others. Default: None.
-        exact: whether to use a singular value decomposition at each use instead of iterations. Default: False.
-
-    Raises:
-        OptionError: no such weight or axis, or no iteration.
-
-    Reference:
-        Miyato, Kataoka, Koyama, Yoshida (2018), https://arxiv.org/abs/1802.05957.
+    zero weight; ``dim=None`` is 1 in transposed convolutions and 0 in others. ``exact`` and errors are those of SpectralNorm. Set
+    the layer to evaluation before folding it; otherwise folding iterates once more.
 
     >>> layer = spectral_norm(nn.Linear(3, 2)).eval()
     >>> torch.linalg.matrix_norm(layer.weight, 2).item() > 0.9
@@ -220,12 +202,7 @@ CARD = Card(
     word="sn",
     normalized_over="the whole weight, by its largest singular value",
     formula="w = v / sigma(v)",
-    paper=Paper(
-        "Miyato, Takeru and Kataoka, Toshiki and Koyama, Masanori and Yoshida, Yuichi",
-        "Spectral Normalization for Generative Adversarial Networks",
-        2018,
-        "https://arxiv.org/abs/1802.05957",
-    ),
+    paper=paper("miyato2018spectral"),
     use_cases="discriminators of GANs, critics, and whatever must be Lipschitz",
     strengths="bounds the layer's Lipschitz constant; cheap, with one warm iteration per step; free once folded",
     weaknesses="fixes only the largest singular value, which is not a convolution's operator norm; lags behind fast weights",

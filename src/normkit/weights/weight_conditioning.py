@@ -1,11 +1,11 @@
 """Weight conditioning: a diagonal preconditioner, computed from the weight, that equalizes its rows or columns."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.errors import BackendError, OptionError, check_options
 from normkit.core.moments import accumulation_dtype
 from normkit.core.rule import Rule
@@ -14,10 +14,9 @@ from normkit.core.support import Support, show
 from normkit.engine import closed_form
 from normkit.weights import kernels
 from normkit.weights.attachment import ModuleT, attach
-from normkit.weights.inverse_norm import inverse_norm
 from normkit.weights.layout import View, WeightLayout, weight_layout, weight_of
 from normkit.weights.output_scaling import Path, RowScaling, refusal, scaled_forward
-from normkit.weights.temperature import Temperature
+from normkit.weights.parametrization import inverse_norm
 
 Mode = Literal["row", "col", "rowcol", "jacobi"]
 Order = Literal["sequential", "simultaneous", "ruiz"]
@@ -70,16 +69,14 @@ class Equilibrate(RowScaling):
         view: what a column of a convolution is, see ``WeightLayout.columns``. Default: "operator".
         path: see ``weight_conditioning``. Default: "auto".
 
-    Shape:
-        Any of two axes or more; the output has the same shape; norms are taken in at least float32.
+    Shape: Any of two axes or more; the output has the same shape; norms are taken in at least float32.
 
     Raises:
         OptionError: an argument outside its range.
 
-    Reference:
-        Saratchandran, Wang, Lucey, "Weight Conditioning for Smooth Optimization of Neural Networks" (2024),
-        https://arxiv.org/abs/2409.03424; Ruiz, "A Scaling Algorithm to Equilibrate Both Rows and Columns Norms in
-        Matrices" (2001), https://cerfacs.fr/wp-content/uploads/2017/06/14_DanielRuiz.pdf.
+    Reference: Saratchandran, Wang, Lucey, "Weight Conditioning for Smooth Optimization of Neural Networks" (2024),
+    https://arxiv.org/abs/2409.03424; Ruiz, "A Scaling Algorithm to Equilibrate Both Rows and Columns Norms in Matrices"
+    (2001), https://cerfacs.fr/wp-content/uploads/2017/06/14_DanielRuiz.pdf.
 
     >>> Equilibrate()(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
     tensor([[0.6000, 0.8000],
@@ -257,26 +254,12 @@ def weight_conditioning(
     chooses the cheaper form at each call. ``layer.weight`` and the state_dict are the same in both.
     ``torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")`` bakes the conditioned weight in.
 
-    Args:
-        layer: the layer that holds the weight.
-        mode: as for ``Equilibrate``, which also describes the options below.
-        name: name of the weight. Default: "weight".
-        order: order of rowcol.
-        iterations: iterations of ruiz.
-        eps: floor of a norm.
-        gradient: ``"full"`` or ``"detach"``.
-        gain: factor of the result; ``"learned"`` for one scalar per layer that starts at 1 and is trained, a parametrization
-            of its own behind this one. Default: 1.
-        view: what a column of a convolution is.
-        path: ``"auto"``, ``"weight"`` or ``"output"``. Default: "auto".
+    ``name`` is the weight's; other arguments are those of Equilibrate. ``gain="learned"`` is one scalar per layer that starts at
+    1 and is trained, a parametrization of its own behind this one.
 
     Raises:
         OptionError: no such weight, an argument outside its range, a weight that does not fit the mode.
         BackendError: ``path="output"`` where the output can't be scaled.
-
-    Reference:
-        Saratchandran, Wang, Lucey, "Weight Conditioning for Smooth Optimization of Neural Networks" (2024),
-        https://arxiv.org/abs/2409.03424.
 
     >>> layer = weight_conditioning(nn.Linear(2, 1, bias=False))
     >>> layer.weight = torch.tensor([[30.0, 40.0]])
@@ -341,12 +324,7 @@ CARD = Card(
     word="e",
     normalized_over="each output unit's weights",
     formula="W = E A, E = diag(1 / max(|a_i|, eps))",
-    paper=Paper(
-        "Saratchandran, Hemanth and Wang, Thomas X. and Lucey, Simon",
-        "Weight Conditioning for Smooth Optimization of Neural Networks",
-        2024,
-        "https://arxiv.org/abs/2409.03424",
-    ),
+    paper=paper("saratchandran2024weight"),
     use_cases="first convolution and last layer of convolutional networks, all layers of NeRFs and transformers; with any norm",
     strengths="no new parameters; usually lowers the weight's condition number where rows differ much; free once folded",
     weaknesses="can raise the condition number, by at most sqrt(rows); before BatchNorm it only changes the rate; rows grow",
@@ -356,3 +334,25 @@ CARD = Card(
     rule=weight_conditioning_rule(),
     invariances=frozenset({"weight scale", "row scale"}),
 )
+
+
+class Temperature(nn.Module):
+    """The parametrization that multiplies a weight by one learned scalar, which starts at 1.
+
+    After ``Equilibrate`` it restores the length that unit rows remove from a last layer: how peaked its logits can be.
+
+    >>> Temperature()(torch.ones(2)).detach()
+    tensor([1., 1.])
+    """
+
+    def __init__(self, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), device=device, dtype=dtype))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The scaled weight, of the weight's dtype."""
+        return (weight * self.scale).to(weight.dtype)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The weight that the scale maps to this one; this one itself if the scale is 0."""
+        return weight / torch.where(self.scale == 0, 1.0, self.scale).to(weight.dtype)

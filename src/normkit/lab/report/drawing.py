@@ -34,7 +34,7 @@ class Motion(NamedTuple):
 def save(figures: Iterable[Drawing], folder: Path, dpi: int | None = None) -> list[Path]:
     """Draws figures in the look of the reports, and writes each as PNG and SVG, by which they are known to be ours.
 
-    What moves is written as GIF too, at half the resolution. What moves is written as GIF too, at half the resolution.
+    What moves is written as GIF too, at half the resolution.
     The same records and the same matplotlib give the same bytes.
     """
     written = []
@@ -63,7 +63,7 @@ def _gif(motion: Motion, dpi: int) -> bytes:
         buffer = io.BytesIO()
         motion.figure.savefig(buffer, format="png", dpi=dpi)
         with Image.open(buffer) as image:
-            frames.append(image.convert("RGB").quantize(64))
+            frames.append(image.convert("RGB").quantize(64, Image.Quantize.FASTOCTREE))  # median cut mixes rare hues
     buffer, lasts = io.BytesIO(), [FRAME] * (motion.frames - 1) + [LAST]
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=lasts, loop=0, comment=b"normkit")
     return buffer.getvalue()
