@@ -167,5 +167,5 @@ def test_accelerate_hands_it_to_the_layers() -> None:
             return super().forward(input).relu()
 
     done = nk.accelerate(nn.Sequential(nn.LayerNorm(8), NormReLU(8)), save="output")
-    assert [norm.save for norm in done.model] == ["output", "input"]
+    assert [norm.save for norm in done.model.children()] == ["output", "input"]
     assert "keeps its input" in str(done)

@@ -145,7 +145,7 @@ class Layer(Module):
             self._check_save(self.save, value)
         if name == "save":
             self._check_save(value, self.activation)
-        if name == "dropout" and not (0 <= float(value) <= 1 and (value == 0 or _takes(type(self), name))):
+        if name == "dropout" and not (0 <= (value or 0.0) <= 1 and (not value or _takes(type(self), name))):
             raise OptionError(
                 f"{type(self).__name__}: dropout={value}; wanted a probability from 0 to 1, of a layer that takes one as argument"
             )
