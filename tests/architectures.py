@@ -78,8 +78,6 @@ CONFIGURED: dict[str, dict[str, Any]] = {
     "Detr": DETR,
 }
 
-# Written here
-
 
 class Block(nn.Module):
     """A residual block of a diffusion UNet: group norms, and a shift by the time's embedding."""
@@ -207,9 +205,6 @@ def outputs(model: nn.Module, x: Any) -> list[Tensor]:
 def apart(found: list[Tensor], wanted: list[Tensor]) -> float:
     """The largest difference, relative to the largest value of each output."""
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True))
-
-
-# Verbs
 
 
 class Verb(NamedTuple):

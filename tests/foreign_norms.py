@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,14 @@ def random_(module: Any, scale: float = 1.0, *, mean: float = 0.0, keep: bool = 
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(keep * parameter + mean + scale * torch.randn_like(parameter))
+    return module
+
+
+def wired(way: Callable[..., Any], **parts: Any) -> Any:
+    """A module of parts by name, whose forward is given: what a network of one's own does with them."""
+    module = type("Wired", (nn.Module,), {"forward": way})()
+    for name, part in parts.items():
+        setattr(module, name, part)
     return module
 
 
@@ -92,9 +101,8 @@ class BatchNormAct(nn.BatchNorm2d):
         self.drop, self.act = nn.Dropout(p) if p else nn.Identity(), act
 
     def forward(self, input: Tensor) -> Tensor:
-        y = nn.functional.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
-        )
+        kept = self.running_mean, self.running_var, self.weight, self.bias
+        y = nn.functional.batch_norm(input, *kept, self.training, self.momentum, self.eps)
         if self.training:
             self.num_batches_tracked.add_(1)
         return self.act(self.drop(y))

@@ -22,15 +22,8 @@ SMALL = replace(SMALL, extend=False, accelerator="cpu")
 
 def model(classes: int = 3) -> nn.Module:
     """A perceptron with dropout, so that the random state matters along training."""
-    return nn.Sequential(
-        nn.Linear(8, 16),
-        nn.BatchNorm1d(16),
-        nn.ReLU(),
-        nn.Dropout(0.1),
-        nn.Linear(16, 16),
-        nn.ReLU(),
-        nn.Linear(16, classes),
-    )
+    first = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1)
+    return nn.Sequential(*first, nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, classes))
 
 
 def data() -> dict[str, Any]:
@@ -41,21 +34,29 @@ def data() -> dict[str, Any]:
     return {"train": (inputs[:160], targets[:160]), "test": (inputs[160:], targets[160:])}
 
 
-class Pairs(Dataset):
-    """The same samples, one at a time."""
+class Samples(Dataset):
+    """As many samples as are said, each read by a function when it is asked for."""
 
-    def __init__(self, part: str) -> None:
-        self.inputs, self.targets = data()[part]
+    def __init__(self, count: int, read: Callable[[int], Any]) -> None:
+        self.count, self.read = count, read
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return self.count
 
-    def __getitem__(self, row: int) -> tuple[Tensor, int]:
-        return torch.from_numpy(self.inputs[row]), int(self.targets[row])
+    def __getitem__(self, row: int) -> Any:
+        if row >= self.count:
+            raise IndexError
+        return self.read(row)
 
 
 def dataset() -> dict[str, Any]:
-    return {"train": Pairs("train"), "test": Pairs("test")}
+    """The same samples, one at a time."""
+    parts = data().items()
+    return {part: Samples(len(y), lambda i, x=x, y=y: (torch.from_numpy(x[i]), int(y[i]))) for part, (x, y) in parts}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def regression() -> dict[str, Any]:

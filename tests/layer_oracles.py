@@ -40,9 +40,8 @@ def of_tokens(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @wraps(function)
     def every(made: Any, x: Tensor, *others: Tensor) -> Tensor:
         samples = zip(x, *others, strict=True)
-        return torch.stack(
-            [torch.stack([function(made, token, *rest) for token in sample]) for sample, *rest in samples]
-        )
+        whole = [torch.stack([function(made, token, *rest) for token in sample]) for sample, *rest in samples]
+        return torch.stack(whole)
 
     return every
 

@@ -2,8 +2,9 @@
 
 import ctypes
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,18 +16,23 @@ from normkit.engine.abi import TYPES
 from normkit.engine.library import library
 from normkit.engine.prepared import NkPlan
 
-ACTIVATIONS: list[Callable[[Tensor], Tensor]] = [
-    lambda y: y,
-    torch.relu,
-    F.silu,
-    F.gelu,
-    lambda y: F.gelu(y, approximate="tanh"),
-    F.leaky_relu,
-]
+_gelu_tanh = partial(F.gelu, approximate="tanh")
+ACTIVATIONS: list[Callable] = [lambda y: y, torch.relu, F.silu, F.gelu, _gelu_tanh, F.leaky_relu]
 
 
 # Relative to the largest element of what is compared: a few roundings of the type that it is kept in.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+
+def in_threads(*counts: int) -> Iterator[int]:
+    """Each number of torch's threads in turn, and then what it was."""
+    before = torch.get_num_threads()
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            yield count
+    finally:
+        torch.set_num_threads(before)
 
 
 def make_plan(dtype: torch.dtype = torch.float32, parameter_dtype: torch.dtype | None = None, **fields: Any) -> NkPlan:
@@ -97,9 +103,7 @@ class Call:
         self.called("nk_forward", *tensors)
         return self.y
 
-    def backward(
-        self, dy: Tensor, dsum: Tensor | None = None, wanted: str = "x weight bias"
-    ) -> dict[str, Tensor | None]:
+    def backward(self, dy: Tensor, dsum: Tensor | None = None, wanted: str = "x weight bias") -> dict[str, Any]:
         x = self.x if self.total is None else self.total
         of = {"x": x, "weight": self.weight, "bias": self.bias}
         found = {n: torch.full_like(t, 7) if t is not None and n in wanted.split() else None for n, t in of.items()}

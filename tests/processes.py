@@ -22,10 +22,8 @@ def run_together(work: str, count: int, folder: Path, given: Any = None) -> list
     """What ``module:function``, given something, returns in each of some processes of one group."""
     torch.save(given, folder / "given")
     command = [sys.executable, __file__, work, str(folder), str(count)]
-    processes = [
-        subprocess.Popen([*command, str(rank)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-        for rank in range(count)
-    ]
+    how: dict[str, Any] = {"env": ENVIRONMENT, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([*command, str(rank)], **how) for rank in range(count)]
     try:
         for process in processes:
             _, errors = process.communicate(timeout=240)

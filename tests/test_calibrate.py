@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations as theirs
 from torch.testing import assert_close
 
-from foreign_norms import random_
+from foreign_norms import random_, wired
 from normkit import convert
 from normkit.core.errors import SurgeryError
 from normkit.surgery import data_dependent_init, reassign_spectral_
@@ -80,9 +80,6 @@ def test_every_channel_keeps_its_mean_and_deviation_in_the_changed_model():
     torch.testing.assert_close([moments(model[k]) for k in (2, 5, 8)], wanted, rtol=1e-9, atol=1e-9)  # float64
 
 
-# Data-dependent initialization: mean 0 and variance 1 behind every layer, and nothing half done
-
-
 def _model() -> nn.Sequential:
     return nn.Sequential(
         weight_norm(nn.Conv2d(3, 6, 3, groups=3)),
@@ -149,15 +146,10 @@ def test_a_layer_without_bias_is_scaled_alone_and_hooks_see_what_they_saw() -> N
 
 
 def test_low_precision_and_layers_that_are_not_reached() -> None:
-    class Partly(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.twice, self.unused = weight_norm(nn.Linear(4, 4)), weight_norm(nn.Linear(4, 4))
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.twice(self.twice(x))
-
-    model, x = Partly().bfloat16(), torch.randn(64, 4).bfloat16()
+    parts = {name: weight_norm(nn.Linear(4, 4)) for name in ("twice", "unused")}
+    model = wired(lambda self, x: self.twice(self.twice(x)), **parts).bfloat16()
+    x = torch.randn(64, 4).bfloat16()
     changes = data_dependent_init(model, (x,))
     assert "does not reach" in changes.passed_over[0].reason
     # A bfloat16 keeps 8 bits.
@@ -178,9 +170,6 @@ def test_a_failure_leaves_everything() -> None:
         data_dependent_init(model, torch.full((8, 4), 0.3).double())
     _same(model, before)
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
-
-
-# Hard spectral normalization after a step: what it bounds, what it leaves, and what it keeps between calls
 
 
 def _perceptron() -> nn.Sequential:

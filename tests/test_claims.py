@@ -134,9 +134,6 @@ def test_condition_numbers_of_updates_survive_a_stop(tmp_path: Path) -> None:
     assert [1 < k < 1e3 for kind in equilibrate.KINDS for k in whole["curve"][kind]] == [True] * 6
 
 
-# What is trained
-
-
 @pytest.mark.parametrize("method", batch_size.METHODS)
 def test_every_method_normalizes_maps_and_vectors(method: str) -> None:
     model = SmallCNN(batch_size.norm(method, 100), width=4)
@@ -231,9 +228,6 @@ def test_a_discriminator_or_generator_that_diverges_is_recorded(
     assert f"{len(lost)} of 10 runs diverged." in said
     # It covers no modes, and is not left out.
     assert any("modes covered" in remark and "nothing 0.0" in remark for remark in said)
-
-
-# What is said of runs
 
 
 def runs_of(values: Sequence[Any], key: str, **about: Any) -> list[dict[str, Any]]:

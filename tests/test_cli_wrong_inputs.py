@@ -28,11 +28,7 @@ WORDS = [
     ("compare --seeds 1,1", "seeds is (1, 1); wanted", "different seeds from 0"),
     ("compare --rates 0.1,fast", "rates is '0.1,fast'; wanted different learning rates above 0"),
     ("compare --rates 0.1,-1", "rates is (0.1, -1.0); wanted different learning rates above 0"),
-    (
-        "compare --optimizer adm",
-        "optimizer is 'adm'; wanted sgd or adam or adamw or",
-        "did you mean 'adam'?",
-    ),
+    ("compare --optimizer adm", "optimizer is 'adm'; wanted sgd or adam or adamw or", "did you mean 'adam'?"),
     ("compare --schedule cosin", "schedule is 'cosin'; wanted", "did you mean 'cosine'?"),
     ("compare --on-refusal leaf", "on_refusal is 'leaf'; wanted raise or leave; did you mean 'leave'?"),
     ("compare --momentum 1", "momentum is 1.0; wanted from 0 to below 1"),

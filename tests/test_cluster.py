@@ -34,13 +34,9 @@ pytestmark = pytest.mark.filterwarnings(*IGNORED)
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent / "src")])
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 * 2**20,
-        runtime_env={"env_vars": {"PYTHONPATH": path}},
-    )
+    runtime = {"env_vars": {"PYTHONPATH": path}}
+    quiet = {"include_dashboard": False, "log_to_driver": False}
+    ray.init(num_cpus=2, object_store_memory=100 * 2**20, runtime_env=runtime, **quiet)
     yield
     ray.shutdown()
 

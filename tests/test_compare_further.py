@@ -17,20 +17,11 @@ from scipy.stats import ttest_rel
 import lab_samples
 from comparison_records import write_comparison
 from normkit.core.errors import OptionError, RecordError
-from normkit.lab import record, task
+from normkit.lab import record, stats, task
 from normkit.lab.budget import fit, measure
 from normkit.lab.comparison import _begun_with, _planned, remarks, tables
 from normkit.lab.settings import Settings
-from normkit.lab.stats import (
-    FURTHER,
-    detectable,
-    holm,
-    over_seeds,
-    over_seeds_and_samples,
-    paired_interval,
-    seeds_for,
-    tune,
-)
+from normkit.lab.stats import detectable, holm, over_seeds, over_seeds_and_samples, paired_interval
 from normkit.lab.study import Made, Study
 from normkit.lab.train.fabric import Processes, start_fabric
 
@@ -68,14 +59,14 @@ def test_a_sweep_extends_until_the_best_rate_is_inside(best: float, powers: list
         return {"status": "ok", "score": found["score"], "loss": None, "reached": 1}
 
     jobs = {"a": [Try(rate) for rate in rates]}
-    (row,) = tune(Bowl(best), lambda *_: {}, jobs, look, lambda _, rate: Try(rate)).values()
+    (row,) = stats.tune(Bowl(best), lambda *_: {}, jobs, look, lambda _, rate: Try(rate)).values()
     tried = [run["rate"] for run in row["sweep"]]
     below, above = sum(rate < rates[0] for rate in tried), sum(rate > rates[-1] for rate in tried)
     assert tried == sorted(set(tried))
     assert {*rates} <= {*tried}
-    assert max(below, above) <= FURTHER
+    assert max(below, above) <= stats.FURTHER
     # Where it still lies at an edge, as many were tried beyond that edge as may be.
-    assert not row["edge"] or FURTHER == (below if row["rate"] == tried[0] else above)
+    assert not row["edge"] or stats.FURTHER == (below if row["rate"] == tried[0] else above)
     assert row["edge"] or tried[0] < row["rate"] < tried[-1]
 
 
@@ -93,10 +84,7 @@ def test_further_rates_are_said_and_recorded(tmp_path: Path) -> None:
     assert [recipe["extended"] for recipe in plain["recipes"]] == [[], []]
 
 
-COSTS = {
-    "keep": {"ratio": 1.0, "ratio_interval": None},
-    "keep+e": {"ratio": 1.5, "ratio_interval": (1.4, 1.6)},
-}
+COSTS = {"keep": {"ratio": 1.0, "ratio_interval": None}, "keep+e": {"ratio": 1.5, "ratio_interval": (1.4, 1.6)}}
 
 
 @pytest.fixture
@@ -131,13 +119,10 @@ def test_hours_of_a_full_training(tmp_path: Path) -> None:
     assert slow["full_hours"] == pytest.approx(1.5 * base["full_hours"])
 
 
-@given(
-    st.floats(11, 1e6),
-    st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=4),
-    st.integers(1, 100),
-    st.booleans(),
-    st.booleans(),
-)
+SECONDS = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=4)
+
+
+@given(st.floats(11, 1e6), SECONDS, st.integers(1, 100), st.booleans(), st.booleans())
 def test_a_budget_is_kept(budget: float, seconds: list[float], epochs: int, extend: bool, equal: bool) -> None:
     settings = Settings(budget=budget, epochs=epochs, extend=extend, equal_time=equal)
     times = {str(place): each for place, each in enumerate(seconds)}
@@ -245,7 +230,7 @@ def test_a_detectable_difference_is_found_in_four_of_five(seeds: int, level: flo
     shown = sum(each is not None and each.ends(level)[0] > 0 for each in found)
     # A share of 0.8 among 4,000 has the standard deviation 0.0063; four of these.
     assert shown / 4000 == pytest.approx(0.8, abs=0.026)
-    assert seeds_for(detectable(0.7, seeds, level) * (1 + 1e-9), 0.7, level) == seeds
+    assert stats.seeds_for(detectable(0.7, seeds, level) * (1 + 1e-9), 0.7, level) == seeds
 
 
 def test_verdicts_on_all_recipes_together(tmp_path: Path) -> None:
@@ -265,9 +250,6 @@ def test_what_is_free_changes_over_the_runs_that_are_there(tmp_path: Path, monke
     narrow = ran(tmp_path, replace(SMALL, extend=False, level=0.5, target=0.1, rates=(0.2,)))
     assert [len(recipe["sweep"]) for recipe in narrow["recipes"]] == [1, 1]
     assert (narrow["target"]["score"], narrow["recipes"][1]["paired"]["level"]) == (0.1, 0.5)
-
-
-# Paired intervals against scipy's own paired t test
 
 
 @pytest.mark.parametrize("count", [2, 3, 10])

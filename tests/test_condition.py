@@ -3,12 +3,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import prune
 from torch.testing import assert_close
 
 import normkit as nk
-from foreign_norms import DetectorsFrozenBatchNorm2d
+from foreign_norms import DetectorsFrozenBatchNorm2d, wired
 from normkit import apply_recipe, condition
 from normkit.core.errors import SurgeryError
 
@@ -137,37 +137,18 @@ def test_a_layer_without_outputs_carries_nothing() -> None:
     assert [row.note for row in rows] == ["", ""]
 
 
-class Branching(nn.Module):
-    """A forward that depends on its input, as many have it."""
-
-    def __init__(self, layers: nn.Sequential) -> None:
-        super().__init__()
-        self.layers = layers
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x) if x.sum() > -1e9 else x
-
-
-class Twice(nn.Module):
-    def __init__(self, layers: nn.Sequential) -> None:
-        super().__init__()
-        self.layer, self.norm = layers
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.layer(x)
-        return self.norm(z) + z
-
-
 def test_where_statistics_can_not_be_carried_the_row_says_so():
     def trained(*between: nn.Module) -> nn.Sequential:
         return lived_in(nn.Linear(4, 6), *between, nn.BatchNorm1d(6), shape=(8, 4))
 
     hooked = trained()
     hooked[0].register_forward_hook(lambda module, args, output: output * 2)
-    for model, stale in ((trained(nn.ReLU()), "2"), (Twice(trained()), "norm"), (hooked, "1")):
+    twice = wired(lambda self, x: self.norm(z := self.layer(x)) + z, layer=trained()[0], norm=trained()[1])
+    for model, stale in ((trained(nn.ReLU()), "2"), (twice, "norm"), (hooked, "1")):
         (row,) = condition(model, where="all")
         assert row.note.startswith(f"running statistics of {stale} are those of the weight before; call recalibrate")
-    (row,) = condition(Branching(trained()), where="all")
+    branching = wired(lambda self, x: self.layers(x) if x.sum() > -1e9 else x, layers=trained())
+    (row,) = condition(branching, where="all")
     assert row.note.startswith("running statistics behind it, if there are any, are those")
     (row,) = condition(trained(), "col", "all")
     assert "recalibrate" in row.note
@@ -185,18 +166,14 @@ def test_statistics_are_as_they_were_if_it_fails():
     assert_close(model.state_dict(), state, rtol=0, atol=0)
 
 
-class Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 3, 3, padding=1), DetectorsFrozenBatchNorm2d(3, EPS)
-        self.conv2, self.bn2 = nn.Conv2d(3, 3, 3, padding=1), DetectorsFrozenBatchNorm2d(3, EPS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+def residual() -> nn.Module:
+    convs = {f"conv{k}": nn.Conv2d(3, 3, 3, padding=1) for k in (1, 2)}
+    norms = {f"bn{k}": DetectorsFrozenBatchNorm2d(3, EPS) for k in (1, 2)}
+    return wired(lambda self, x: x + self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())), **convs, **norms)
 
 
 def test_frozen_norms_in_residual_networks():
-    model, x = nn.Sequential(Residual(), Residual()).double(), torch.randn(2, 3, 5, 5).double()
+    model, x = nn.Sequential(residual(), residual()).double(), torch.randn(2, 3, 5, 5).double()
     wanted = model(x)
     rows = condition(model, where="all").rows
     assert [row.note.split()[3] for row in rows] == ["0.bn1", "0.bn2", "1.bn1", "1.bn2"]

@@ -1,10 +1,11 @@
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from foreign_norms import LlamaRMSNorm, random_
+from foreign_norms import LlamaRMSNorm, random_, wired
 from normkit.activations.batch_channel_norm import BatchChannelNorm
 from normkit.activations.batch_norm import BatchNorm
 from normkit.activations.ghost_batch_norm import GhostBatchNorm
@@ -307,30 +308,14 @@ def test_a_time_first_transformer_that_is_left_is_told():
     assert [passed.reason[:31] for passed in left] == ["gn:2 normalizes each sample, an"] * 2
 
 
-class HasUnused(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.used(x)
-
-
-class CallsAroundIts(nn.Module):
+def around(self: Any, x: Tensor) -> Tensor:
     """Uses the weight of one norm in a function, and another from a plain list."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.called, self.read, listed = nn.LayerNorm(4), nn.LayerNorm(4), nn.LayerNorm(4)
-        self.copies, self.listed = [listed], listed
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = nn.functional.layer_norm(self.called(x), (4,), self.read.weight)
-        return self.copies[0](x)
+    return self.copies[0](nn.functional.layer_norm(self.called(x), (4,), self.read.weight))
 
 
 def test_a_change_without_effect_is_refused():
-    model, x = CallsAroundIts(), torch.randn(3, 4)
+    (called, read, listed), x = [nn.LayerNorm(4) for _ in range(3)], torch.randn(3, 4)
+    model = wired(around, called=called, read=read, copies=[listed], listed=listed)
     with pytest.raises(SurgeryError, match=r"read: it is not called on the example.*on_refusal='leave'"):
         convert(model, "rms", example=x)
     changes = convert(model, "rms", example=x, on_refusal="leave")
@@ -339,8 +324,9 @@ def test_a_change_without_effect_is_refused():
     assert "no effect" in left["read"]
     assert "no effect" in left["listed"]
     assert model.listed is model.copies[0]
+    resting = wired(lambda self, x: self.used(x), used=nn.Linear(4, 4), unused=nn.Linear(4, 4))
     with pytest.raises(SurgeryError, match=r"unused: its weight is not read on the example"):
-        condition(HasUnused(), where="all", example=x)
+        condition(resting, where="all", example=x)
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 1, enable_nested_tensor=False)
     rows = convert(encoder, "rms", example=torch.randn(2, 3, 8)).rows  # torch's fused kernel would call no norm
     assert [row.note for row in rows] == ["bias dropped"] * 2

@@ -122,9 +122,6 @@ print(faults)
     assert last < first / 10
 
 
-# The benchmark as a command: what it measures, what it prints again, and that it says which
-
-
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
     """Collects the cells that are measured, with times from nowhere."""
@@ -142,12 +139,16 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
     return cells
 
 
+def benched(methods: str, folder: Path, *more: str, columns: str = "200") -> str:
+    words = ["bench", "--quick", "--methods", methods, "--output", str(folder), *more]
+    done = CliRunner().invoke(app, words, catch_exceptions=False, env={"COLUMNS": columns})
+    assert done.exit_code == (2 if "--rounds" in more else 0)
+    return done.output
+
+
 def test_what_is_printed_again_is_said(tmp_path: Path, measured: list[Case]) -> None:
     def run(methods: str, *more: str) -> str:
-        words = ["bench", "--quick", "--methods", methods, "--output", str(tmp_path), *more]
-        done = CliRunner().invoke(app, words, catch_exceptions=False, env={"COLUMNS": "200"})
-        assert done.exit_code == 0
-        return done.output
+        return benched(methods, tmp_path, *more)
 
     first = run("layer_norm")
     assert "printed again" not in first
@@ -166,24 +167,15 @@ def test_what_is_printed_again_is_said(tmp_path: Path, measured: list[Case]) -> 
     run("layer_norm")
     assert {row["method"] for row in record.read_json(tmp_path / "speed.json")["rows"]} == {"layer_norm", "rms_norm"}
     assert "rms_norm" not in (tmp_path / "speed.md").read_text()
-    words = ["bench", "--quick", "--rounds", "2", "--methods", "rms_norm", "--output", str(tmp_path)]
-    refused = CliRunner().invoke(app, words)
-    assert refused.exit_code == 2
-    assert "measured otherwise: rounds is 7 there, 2 now" in refused.output
+    assert "measured otherwise: rounds is 7 there, 2 now" in run("rms_norm", "--rounds", "2")
     before = len(measured)
     assert "printed again" not in run("layer_norm", "--overwrite")
     assert len(measured) == before + count
 
 
 def test_an_earlier_record_says_what_got_slower(tmp_path: Path, measured: list[Case]) -> None:
-    def run(folder: str, *more: str) -> str:
-        words = ["bench", "--quick", "--methods", "rms_norm", "--output", str(tmp_path / folder), *more]
-        done = CliRunner().invoke(app, words, catch_exceptions=False, env={"COLUMNS": "80"})
-        assert done.exit_code == 0
-        return done.output
-
     results = tmp_path / "RESULTS.md"
-    said = run("first", "--results", str(results))
+    said = benched("rms_norm", tmp_path / "first", "--results", str(results), columns="80")
     assert max(len(line) for line in said.splitlines() if str(tmp_path) not in line) <= 80
     assert said.count("rms_norm") >= 2  # in the table, and as the worst cell
     earlier = record.read_json(results.with_suffix(".json"))
@@ -192,7 +184,7 @@ def test_an_earlier_record_says_what_got_slower(tmp_path: Path, measured: list[C
     for row in earlier["rows"]:
         row["interval"] = {"eager": [2.1, 2.2] if row["direction"] == "forward" else [1.9, 2.1]}
     record.write_json(tmp_path / "earlier.json", earlier)
-    said = " ".join(run("second", "--against", str(tmp_path / "earlier.json")).split())
+    said = " ".join(benched("rms_norm", tmp_path / "second", "--against", str(tmp_path / "earlier.json")).split())
     assert "2 ratios in both, 1 slower beyond noise, 0 faster" in said
     assert "forward: 2.00 of eager, was 2.00 (2.10 to 2.20)" in said
 

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 import normkit as nk
+from foreign_norms import wired
 from normkit.cli import app
 from normkit.core.errors import OptionError, SurgeryError
 from normkit.diagnostics import activations, condition_number, conditions, gap
@@ -23,8 +25,6 @@ from normkit.diagnostics.activations import Stream
 from normkit.diagnostics.conditioning import spectrum
 from normkit.lab.report.weights import depth_figure
 from normkit.weights.weight_conditioning import equilibrate, weight_conditioning
-
-# Conditions
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (5, 7), (40, 6), (1, 4)], ids=str)
@@ -83,9 +83,6 @@ def test_every_weight_is_reported_before_and_after() -> None:
     assert (read[0]["condition"], len(read[0]["spectrum"])) == (found["words"].condition, 8)
 
 
-# Activations
-
-
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.integers(0, 99))
 def test_moments_of_a_stream_are_those_of_the_whole(sizes: list[int], seed: int) -> None:
     x = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).exp() + 1000
@@ -133,32 +130,27 @@ def test_the_gradient_is_that_of_the_output() -> None:
     assert_close(row.gradient_std, model[1].weight.detach().std(correction=0).item())
 
 
-class Twice(nn.Module):
+def twice(reentrant: bool = False) -> nn.Module:
     """A checkpointed layer, a conditioned one, and attention, whose projection is not called by itself."""
 
-    def __init__(self, reentrant: bool = False) -> None:
-        super().__init__()
-        self.body, self.last, self.reentrant = nn.Linear(4, 4), weight_conditioning(nn.Linear(4, 3)), reentrant
-        self.mix = nn.MultiheadAttention(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = checkpoint(self.body, x.clone().requires_grad_(), use_reentrant=self.reentrant)
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = checkpoint(self.body, x.clone().requires_grad_(), use_reentrant=reentrant)
         return self.last(self.mix(x, x, x)[0])
+
+    parts = {"body": nn.Linear(4, 4), "last": weight_conditioning(nn.Linear(4, 3)), "mix": nn.MultiheadAttention(4, 2)}
+    return wired(forward, **parts)
 
 
 def test_every_call_counts_once() -> None:
     x, y = torch.randn(6, 4), torch.randint(3, (6,))
-    compiled = torch.compile(Twice(), backend="eager")
+    compiled = torch.compile(twice(), backend="eager")
     compiled(x)  # compiled code calls no hooks
-    for model in (Twice(), compiled):
+    for model in (twice(), compiled):
         found = {row.name.removeprefix("_orig_mod."): row for row in activations(model, [(x, y)], F.cross_entropy)}
         assert {name: row.elements for name, row in found.items()} == {"body": 24, "mix": 24, "last": 18}
         assert all(row.gradient_std for row in found.values())
     with pytest.raises(OptionError, match="use_reentrant=False"):
-        activations(Twice(True), [(x, y)], F.cross_entropy)
-
-
-# The gap
+        activations(twice(True), [(x, y)], F.cross_entropy)
 
 
 def shifted() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
@@ -210,8 +202,6 @@ def test_gaps_that_can_not_be_measured() -> None:
     model[1] = torch.compile(model[1], backend="eager")
     assert gap(model, batches)[0].name == "1"
 
-
-# The command and the figures
 
 MINE = """
 from torch import nn

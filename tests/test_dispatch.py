@@ -235,8 +235,6 @@ def test_squares_beyond_float32_do_not_spoil_a_set(shape: tuple[int, ...], scale
         assert_close(norm(x).double(), exact(x.double()), rtol=1e-5, atol=1e-6)  # float32
 
 
-# What was right for one call is not taken for right in the next, and what comes back from autograd is looked at again
-
 needs_kernels = pytest.mark.skipif(library() is None, reason=f"no native kernels: {why_not()}")
 LAYERS = [card for card in ACTIVATIONS if card.exact_gradient and card.extra is None]
 NORMS: list[tuple[Callable[..., Any], tuple[int, ...]]] = [

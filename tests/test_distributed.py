@@ -39,8 +39,6 @@ def test_two_processes_train_as_one(mode: str, reports: list[Report]) -> None:
         assert not wrong, "\n".join(wrong)
 
 
-# One of two processes that train every layer and parametrization: python distributed_worker.py RANK RENDEZVOUS FOUND
-
 WORLD, STEPS, RATE = 2, 2, 0.05
 
 
@@ -136,9 +134,6 @@ def trained_by_all(_: None) -> Report:
     return report
 
 
-# Surgery in three processes: what each ends with is what one process with all the data ends with
-
-
 @pytest.fixture(scope="module")
 def data() -> torch.Tensor:
     return torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(1)).double() + 1
@@ -181,8 +176,6 @@ def test_recalibration_counts_the_batches_of_all(case: str, data: torch.Tensor, 
         assert_close(dict(found["undone"]), dict(make().state_dict()), rtol=0, atol=0)
         assert found["note"] == alone["note"]
 
-
-# One of three processes whose models surgery changes: python surgery_worker.py RANK RENDEZVOUS GIVEN FOUND
 
 SIZES = [5, 1, 2]
 

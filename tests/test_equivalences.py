@@ -29,12 +29,19 @@ def by_parts(size: int) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.cat([batch_norm(part) for part in x.split(size)])
 
 
+def one_logit(k: int) -> nk.SwitchableNorm:
+    norm = nk.SwitchableNorm(4)
+    for logits in (norm.mean_weight, norm.var_weight):
+        logits.data = torch.where(torch.arange(3) == k, 1000.0, -1000.0)
+    return norm
+
+
 def divisive(field: Field) -> Callable[[Tensor], Tensor]:
     return lambda x: nk.functional.divisive_norm(x, field, field, 1e-5**0.5)
 
 
 # The first is the second, on an input of this shape and others.
-SAME: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Any, ...]]] = {
+SAME: dict[str, tuple[Any, Any, tuple[Any, ...]]] = {
     "SeeDNorm": (nk.SeeDNorm(8), lambda x: F.rms_norm(x, (8,), eps=1e-6), (TOKENS,)),
     "DynamicTanh": (nk.DynamicTanh(8), lambda x: torch.tanh(0.5 * x), (TOKENS,)),
     "DynamicTanh, bare": (nk.DynamicTanh(8, elementwise_affine=False), lambda x: torch.tanh(0.5 * x), (TOKENS,)),
@@ -57,7 +64,7 @@ SAME: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Any, .
     },
     **{
         f"PartialRMSNorm, {guard}": (
-            nk.PartialRMSNorm(8, 1.0, 0.1, guard=guard),
+            nk.PartialRMSNorm(8, 1, 0.1, guard=guard),
             nk.RMSNorm(8, 0.1, guard=guard),
             (TOKENS,),
         )
@@ -75,6 +82,10 @@ SAME: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Any, .
         (IMAGES,),
     ),
     "RMSNorm, position": (nk.RMSNorm(4, over="c"), over_channels(F.rms_norm, (4,)), (IMAGES,)),
+    "SwitchableNorm, batch": (one_logit(2), nn.BatchNorm2d(4), (IMAGES,)),
+    "BatchChannelNorm": (nk.BatchChannelNorm(4, 2), nn.Sequential(nn.BatchNorm2d(4), nn.GroupNorm(2, 4)), (IMAGES,)),
+    "GhostBatchNorm": (nk.GhostBatchNorm(4, 6), nn.BatchNorm2d(4), (IMAGES,)),
+    "GhostBatchNorm, large": (nk.GhostBatchNorm(4, 99, momentum=None), nn.BatchNorm2d(4, momentum=None), (IMAGES,)),
     "BatchGroupNorm": (nk.BatchGroupNorm(4, None, None), batch_norm, (IMAGES,)),
     "BatchGroupNorm, ghost": (nk.BatchGroupNorm(4, None, 2), by_parts(2), (IMAGES,)),
     "BatchGroupNorm, uneven ghost": (nk.BatchGroupNorm(4, None, 4), by_parts(4), (IMAGES,)),
@@ -94,3 +105,7 @@ def test_one_is_the_other(name: str) -> None:
     inputs = [each if isinstance(each, Tensor) else torch.randn(each, dtype=torch.float64) * 2 + 1 for each in given]
     # Beside the diagonal of GDN stands 2^-36 in place of 0.
     assert_close(ours(*inputs), theirs(*inputs), rtol=1e-7, atol=1e-9)
+    if isinstance(theirs, nn.Module) and dict(theirs.named_buffers()):
+        later = inputs[0] + 1
+        assert_close(ours(later), theirs(later))
+        assert_close(ours.eval()(later), theirs.eval()(later))

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import experiment_samples
 import written_experiment
 from experiment_samples import EXPERIMENT, Walk, walk
 from interruption import Stop, at_call
+from lab_samples import files
 from normkit.cli import app
 from normkit.core.errors import OptionError, RecordError
 from normkit.lab import folder, record
@@ -32,11 +34,8 @@ def bench(folder: Path, scale: Scale = "small", **options: Any) -> Bench:
 
 def records(folder: Path) -> dict[str, bytes]:
     """What must not depend on how the jobs were done."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for name in ("config.json", "result.json")
-        for path in folder.glob(f"runs/**/{name}")
-    }
+    kept = files(folder).items()
+    return {name: content for name, content in kept if re.fullmatch(r"runs/.*/(config|result)\.json", name)}
 
 
 def test_records_and_reports(tmp_path: Path) -> None:
@@ -165,10 +164,10 @@ def test_whatever_was_begun_is_kept(tmp_path: Path, left: str) -> None:
     for path in tmp_path.rglob("*"):
         if path.name in ("result.json", "checkpoint.pt") and path != tmp_path / left:
             path.unlink()
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = files(tmp_path)
     with pytest.raises(RecordError, match="holds records of another configuration: epochs"):
         perform(EXPERIMENT, bench(tmp_path, epochs=7), report=False)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert files(tmp_path) == before
 
 
 def test_not_under_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,9 +112,6 @@ def test_subset_of_any_split() -> None:
         subset(split, 101)
 
 
-# Settings of a comparison: their range, and the command that says them
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -50,9 +50,6 @@ def test_a_run_without_a_number_ends(tmp_path: Path) -> None:
     assert scene["psnr"] is solid["iou"] is None
 
 
-# Radiance of balls
-
-
 def test_what_a_run_gives(tmp_path: Path) -> None:
     found = learn_scene(on_balls(epochs=1, every=42), tmp_path)
     pixels = 21 * 8 * 8
@@ -126,19 +123,13 @@ def test_a_run_that_diverged_is_told_and_rates_are_the_best_tried(tmp_path: Path
 def test_what_is_left_of_a_scene_is_not_judged() -> None:
     def said(conditioned: list[float | None]) -> str:
         scores = {table4.PLAIN: [10.0, 11.0, 12.0], table4.CONDITIONED: conditioned}
-        runs = [
-            {"scene": "spheres", "row": row, "seed": seed, "score": score}
-            for row, values in scores.items()
-            for seed, score in enumerate(values)
-        ]
+        found = [(row, seed, score) for row, values in scores.items() for seed, score in enumerate(values)]
+        runs = [{"scene": "spheres", "row": row, "seed": seed, "score": score} for row, seed, score in found]
         return table4._verdict({"runs": runs}, "spheres")
 
     assert "2.00 dB above NeRF (95 % interval +0.76 to +3.24, better);" in said([11.5, 13.0, 14.5])
     assert "(95 % interval -4.60 to +8.10, 2 of 3 seeds, not judged);" in said([11.25, 13.25, None])
     assert "(one seed, no interval);" in said([11.5])
-
-
-# Occupancy of solids
 
 
 def test_extracted_torus_has_its_volume() -> None:

@@ -1,5 +1,6 @@
 import pickle
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations as torchs
 from torch.nn.utils import parametrize
 
-from foreign_norms import lived_in
+from foreign_norms import lived_in, wired
 from normkit import BatchNorm, BatchRenorm, GhostBatchNorm, MeanOnlyBatchNorm, apply_recipe, fold
 from normkit.core.errors import SurgeryError
 from normkit.weights import weight_conditioning, weight_norm
@@ -104,16 +105,12 @@ def test_only_what_can_be_folded_is_folded():
 
 
 def test_the_output_of_the_model_is_read():
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
 
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            features = self.conv(x)
-            return {"features": features, "logits": self.norm(features)}
+    def both(self: Any, x: Tensor) -> dict[str, Tensor]:
+        features = self.conv(x)
+        return {"features": features, "logits": self.norm(features)}
 
-    model = lived_in(Both())
+    model = lived_in(wired(both, conv=nn.Conv2d(3, 4, 1), norm=nn.BatchNorm2d(4)))
     assert "read elsewhere" in fold(model, {"x": torch.randn(2, 3, 4, 4, dtype=torch.float64)}).passed_over[0].reason
 
 
@@ -208,31 +205,23 @@ def test_putting_a_method_on_a_copy_leaves_the_original():
     twin(x)
 
 
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.embedding(tokens))
+def tied() -> Any:
+    model = wired(lambda self, x: self.head(self.words(x)), words=nn.Embedding(9, 4), head=nn.Linear(4, 9, bias=False))
+    model.head.weight = model.words.weight
+    return model
 
 
 def test_tied_weights_are_not_untied():
-    model = Tied()
+    model, tokens = tied(), torch.tensor([[1, 5]])
     apply_recipe(model, "keep+e")
-    assert model.head.parametrizations.weight.original is model.embedding.weight
-    with pytest.raises(SurgeryError, match=r"head: its raw weight is tied to that of embedding.*untie"):
+    assert model.head.parametrizations.weight.original is model.words.weight
+    with pytest.raises(SurgeryError, match=r"head: its raw weight is tied to that of words.*untie"):
         fold(model)
     assert parametrize.is_parametrized(model.head)
-
-
-def test_weights_that_are_tied_and_parametrized_alike_stay_tied():
-    model, tokens = Tied(), torch.tensor([[1, 5]])
-    apply_recipe(model, "keep+e@re:.")
+    apply_recipe(model := tied(), "keep+e@re:.")  # parametrized alike they stay tied
     wanted = model(tokens)
     fold(model)
-    assert model.head.weight is model.embedding.weight
+    assert model.head.weight is model.words.weight
     torch.testing.assert_close(model(tokens), wanted)
 
 

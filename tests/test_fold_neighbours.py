@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+import foreign_norms
 import normkit as nk
 from foreign_norms import BatchNormAct, ChannelsNorm, Conv1D, LlamaRMSNorm, ScaledStandardizing, Standardizing, lived_in
 from normkit import BatchNorm, convert, fold
@@ -133,21 +134,16 @@ def test_what_torch_pads_is_folded(padding: dict[str, Any]) -> None:
     assert [row.after for row in unbatched] == ["Conv2d"]
 
 
-class Shortcut(nn.Module):
+def shortcut() -> nn.Module:
     """The block of many a ResNet: an empty Sequential is its identity."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn, self.shortcut = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Sequential()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.bn(self.conv(x)) + self.shortcut(x)).relu()
+    parts = {"conv": nn.Conv2d(3, 3, 3, padding=1), "bn": nn.BatchNorm2d(3), "shortcut": nn.Sequential()}
+    return foreign_norms.wired(lambda self, x: (self.bn(self.conv(x)) + self.shortcut(x)).relu(), **parts)
 
 
 def test_an_empty_sequential_stays_an_identity() -> None:
     x = torch.randn(2, 3, 6, 6).double()
-    assert len(nk.surgery.drop_redundant_bias(lived_in(Shortcut()), x).rows) == 1
-    assert len(fold(lived_in(Shortcut()), x).rows) == 1
+    assert len(nk.surgery.drop_redundant_bias(lived_in(shortcut()), x).rows) == 1
+    assert len(fold(lived_in(shortcut()), x).rows) == 1
 
 
 class Parts(nn.Module):
@@ -242,24 +238,9 @@ CASES = {
     "a bias that stays": (lambda: Transformer(bias=True), TOKENS_centring, 5, ""),
     "images": (Images, IMAGES_centring, 2, ""),
     "grouped": (lambda: Images(2), IMAGES_centring, 0, "written by another operation (convolution)"),
-    "a gain": (
-        lambda: Transformer(lambda model, x: x * model.scale),
-        TOKENS_centring,
-        0,
-        "by another operation (mul)",
-    ),
-    "a function": (
-        lambda: Transformer(lambda model, x: x.tanh()),
-        TOKENS_centring,
-        0,
-        "another operation (tanh)",
-    ),
-    "a reader": (
-        lambda: Transformer(lambda model, x: x + model.head(x).mean()),
-        TOKENS_centring,
-        0,
-        "other operation",
-    ),
+    "a gain": (lambda: Transformer(lambda model, x: x * model.scale), TOKENS_centring, 0, "by another operation (mul)"),
+    "a function": (lambda: Transformer(lambda model, x: x.tanh()), TOKENS_centring, 0, "another operation (tanh)"),
+    "a reader": (lambda: Transformer(lambda model, x: x + model.head(x).mean()), TOKENS_centring, 0, "other operation"),
     "an output": (lambda: Transformer(shown), TOKENS_centring, 0, "is an output of the model"),
     "a tied head": (tied, TOKENS_centring, 0, "read by another operation (addmm)"),
     "a hook": (hooked, TOKENS_centring, 0, "has hooks"),

@@ -184,8 +184,6 @@ def test_the_function_is_the_hook() -> None:
     assert_close({name: p.grad for name, p in two.named_parameters()}, wanted, rtol=0, atol=0)
 
 
-# Networks without activation norms: scaled weights, predicted variances, adaptive clipping
-
 LAYERS = {
     "linear": lambda: nn.Linear(5, 4),
     "conv": lambda: nn.Conv2d(4, 6, 3, groups=2),

@@ -57,17 +57,12 @@ def test_held_in_memory_and_read_each_time_are_the_same(folder: Path) -> None:
     assert imagefolder(folder, size=16, augment=False).augment is None
 
 
-@pytest.mark.parametrize(
-    ("parts", "sizes"),
-    [
-        (("train",), [24, 3, 3]),
-        (("train", "val"), [27, 3, 30]),
-        (("train", "test"), [27, 3, 30]),
-        (("train", "val", "test"), [30, 30, 30]),
-    ],
-)
-def test_parts(tmp_path: Path, parts: tuple[str, ...], sizes: list[int]) -> None:
-    data = imagefolder(write_images(tmp_path / "photographs", each=10, parts=parts), size=8)
+SIZES = {"train": [24, 3, 3], "train val": [27, 3, 30], "train test": [27, 3, 30], "train val test": [30, 30, 30]}
+
+
+@pytest.mark.parametrize(("parts", "sizes"), SIZES.items(), ids=SIZES)
+def test_parts(tmp_path: Path, parts: str, sizes: list[int]) -> None:
+    data = imagefolder(write_images(tmp_path / "photographs", each=10, parts=tuple(parts.split())), size=8)
     assert [len(split) for split in data.splits.values()] == sizes
     assert all(len(split.targets.unique()) == 3 for split in data.splits.values())
     seen = [{image.numpy().tobytes() for image in batch(split)[0]} for split in data.splits.values()]
@@ -187,9 +182,6 @@ def test_what_says_nothing_of_a_file_is_not_called_damage(tmp_path: Path, error:
     with pytest.raises(type(error)) as raised, reading(tmp_path / "a.png", "copy it again"):
         raise error
     assert raised.value is error
-
-
-# Flips and crops in batch: equal to one image at a time, and drawn from the distribution that is said
 
 
 def drawn(seed: int = 0) -> torch.Generator:

@@ -228,9 +228,6 @@ def test_names_at_ends_of_lines_do_not_overlap() -> None:
     assert all(0 <= place <= 1 for place in heights.values())
 
 
-# What is true of conditioning and of descent, the counterexamples to what is not, and what the demonstrations must show
-
-
 def bench(output: Path) -> Bench:
     return Bench("tiny", output, seeds=(0,), console=Console(quiet=True))
 

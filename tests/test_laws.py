@@ -13,20 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from laws import (
-    ACTIVATIONS,
-    RULES,
-    call,
-    channels_first,
-    layer,
-    name,
-    on_back_ends,
-    roundings,
-    rule_of,
-    runs,
-    sample_input,
-    sub_batch,
-)
+import laws
+from laws import ACTIVATIONS, RULES, call, channels_first, layer, name, rule_of, runs, sample_input
 from normkit import Layer, NormkitError, fold
 from normkit.catalogue.diagram import members
 from normkit.core.card import Card
@@ -64,7 +52,7 @@ def each(applies: Callable[[Card], bool], among: Sequence[Card] = ACTIVATIONS) -
 def test_equals_the_oracle_on_every_back_end(card: Card, data: st.DataObject) -> None:
     channels = 2 * data.draw(st.integers(1, 3))
     spatial = data.draw(st.lists(st.integers(1, 3), max_size=3))
-    batch = data.draw(st.integers(2, 3)) * sub_batch(card)
+    batch = data.draw(st.integers(2, 3)) * laws.sub_batch(card)
     shape = [batch, channels, *spatial] if channels_first(card) else [batch, *spatial, channels]
     x = torch.randn(shape, dtype=torch.float64) * data.draw(st.sampled_from([1e-3, 1.0, 1e3])) + 3
     if data.draw(st.booleans()):
@@ -90,7 +78,7 @@ def test_equals_an_oracle_written_otherwise(card: Card) -> None:
     assert_close(call(card, made, x), wanted, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("card", "backend"), on_back_ends(EVERY), ids=name)
+@pytest.mark.parametrize(("card", "backend"), laws.on_back_ends(EVERY), ids=name)
 def test_derivatives_are_right_to_second_order(card: Card, backend: Any) -> None:
     made, x = layer(card), sample_input(card)[:2].requires_grad_()
     made.backend = backend
@@ -133,16 +121,14 @@ def test_keeps_dtype_and_is_near_float64(card: Card) -> None:
             for backend, y in runs(card, fresh, x.to(dtype)):
                 assert y.dtype == dtype, backend
                 # The input, the parameters and the output are each rounded once; 8 such roundings cover their products.
-                eps = roundings(card) * torch.finfo(dtype).eps
+                eps = laws.roundings(card) * torch.finfo(dtype).eps
                 assert_close(y.double(), exact, rtol=eps, atol=eps * exact.abs().max().item())
 
 
 @each_rule
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 1e2, 1e3, 1e4])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_accuracy_depends_on_no_layout_and_no_mean(
-    card: Card, ratio: float, memory_format: torch.memory_format
-) -> None:
+def test_accuracy_depends_on_no_layout_and_no_mean(card: Card, ratio: float, memory_format: Any) -> None:
     x = (torch.randn(4, 32, 12, 12) + ratio).to(memory_format=memory_format)
     x = x if channels_first(card) else x.movedim(1, -1)
     if not channels_first(card) and ratio and rule_of(card).statistic.center is None:
@@ -243,9 +229,6 @@ def test_nothing_leaves_running_statistics(card: Card, nothing: str) -> None:
     elif "mask" in inspect.signature(made.forward).parameters:
         made(x, *(card.extra(x) if card.extra else ()), mask=torch.zeros(1, 1, 1, dtype=torch.bool))
     assert_close(dict(kept), before, rtol=0, atol=0)
-
-
-# Claims of the card
 
 
 @each_activation

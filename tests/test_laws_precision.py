@@ -71,8 +71,6 @@ def test_autocast_leaves_an_input_as_it_is(card: Card) -> None:
         assert_close(card.make(4).fit(x)(x), wanted, **_NEAR)
 
 
-# What may not change a result: the number of rows, threads, memory, the back end; and sums that may not drift
-
 HALVES = [torch.bfloat16, torch.float16]
 
 
@@ -193,10 +191,5 @@ def test_back_ends_agree_on_what_they_remember(card: Card, dtype: torch.dtype, d
         for key, value in other.state_dict().items():
             # Statistics keep float32 or wider, whatever the module is cast to; blended in it, in another order of sums.
             eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-            assert_close(
-                value.double(),
-                blended[key].double(),
-                rtol=16 * eps,
-                atol=1e-6 * deviation,
-                msg=lambda text, where=f"{backend}: {key}": f"{where}: {text}",
-            )
+            told = {"msg": lambda text, where=f"{backend} {key}": f"{where}: {text}"}
+            assert_close(value.double(), blended[key].double(), rtol=16 * eps, atol=1e-6 * deviation, **told)

@@ -37,10 +37,13 @@ def make(card: Card) -> Any:
 
 
 @each_input
-def test_claim_running_state(card: Card) -> None:
+def test_claims_of_state_and_of_streams(card: Card) -> None:
     made = make(card).fit(data())
     assert bool(made.state_dict()) == card.running_state
     assert not list(made.parameters())
+    if not card.streams:
+        with pytest.raises(ProtocolError, match="fit"):
+            make(card).partial_fit(data())
 
 
 @each_input
@@ -82,13 +85,6 @@ def test_a_stream_of_any_batch_sizes_equals_all_at_once(card: Card, cuts: list[i
     assert_close(stream.state_dict(), whole.state_dict(), rtol=1e-9, atol=1e-10)
     again = make(card).fit(data() * 9).fit(iter(parts))  # forgets what it was fitted on before
     assert_close(again.state_dict(), whole.state_dict(), rtol=1e-9, atol=1e-10)
-
-
-@each_input
-def test_claim_streams(card: Card) -> None:
-    if not card.streams:
-        with pytest.raises(ProtocolError, match="fit"):
-            make(card).partial_fit(data())
 
 
 @each_input

@@ -8,14 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.testing import assert_close
 
-import normkit as nk
 from foreign_norms import random_
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import OptionError
 from normkit.lab.data.sequences import TASKS, draw, guess, text
 from normkit.lab.models.densenet import DenseLayer, DenseNet, densenet
 from normkit.lab.models.dit import DiT, dit_block, grid_positions
 from normkit.lab.models.encoder import Encoder
-from normkit.lab.models.gan import ImageDiscriminator, ImageGenerator, PointDiscriminator, PointGenerator, centres, ring
+from normkit.lab.models.gan import ImageDiscriminator, ImageGenerator, centres, ring
 from normkit.lab.models.inception import googlenet, inception8
 from normkit.lab.models.resnet import ResidualBlock, resnet18, resnet50
 from normkit.lab.models.vit import Block, VisionTransformer, vit_b16, vit_s, vit_tiny
@@ -110,11 +109,8 @@ def test_inception8_blocks_see_32_16_and_8() -> None:
 
 def test_densenet_grows_and_halves() -> None:
     model = DenseNet()
-    widths = [
-        block(torch.zeros(1, block.layers[0].num_features, 2, 2)).shape[1]
-        for block in model.blocks
-        if isinstance(block, DenseLayer)
-    ]
+    blocks = [block for block in model.blocks if isinstance(block, DenseLayer)]
+    widths = [block(torch.zeros(1, block.layers[0].num_features, 2, 2)).shape[1] for block in blocks]
     assert widths == [*range(48, 129, 16), *range(80, 161, 16), *range(96, 177, 16), *range(104, 185, 16)]
     assert model.classifier.in_features == 184
 
@@ -146,9 +142,8 @@ def test_residual_blocks_against_functional_calls() -> None:
 
 def test_vit_block_is_torchs_encoder_layer() -> None:
     ours = Block(12, 3).double()
-    theirs = nn.TransformerEncoderLayer(
-        12, 3, 48, dropout=0.0, activation="gelu", layer_norm_eps=1e-6, batch_first=True, norm_first=True
-    ).double()
+    options = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
+    theirs = nn.TransformerEncoderLayer(12, 3, 48, layer_norm_eps=1e-6, **options).double()
     names = {"self_attn.in_proj_": "attn.qkv.", "self_attn.out_": "attn.", "linear1": "mlp.fc1", "linear2": "mlp.fc2"}
     state = theirs.state_dict()
     for old, new in names.items():
@@ -164,11 +159,6 @@ def test_vit_patches_are_linear_maps_of_squares() -> None:
     squares = image.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(1, 4, 48)
     expected = squares @ model.patch_embed.proj.weight.flatten(1).T + model.patch_embed.proj.bias
     assert_close(model.patch_embed(image), expected)
-
-
-def test_images_of_another_size_are_refused() -> None:
-    with pytest.raises(ShapeError, match=r"got images \(1, 3, 16, 16\); wanted \(n, c, 32, 32\)"):
-        small_vit()(torch.zeros(1, 3, 16, 16))
 
 
 def test_dit_starts_as_zero_and_every_block_as_the_identity() -> None:
@@ -202,21 +192,12 @@ def test_grid_positions_differ_everywhere() -> None:
     assert distance.min() > 0.1
 
 
-# Generators and discriminators: sizes, shapes, and what spectral normalization does to them
-
-
 def test_images_come_out_and_go_in() -> None:
     generator, discriminator = ImageGenerator(16, 32), ImageDiscriminator(4)
     images = generator(torch.randn(2, 16))
     assert images.shape == (2, 3, 32, 32)
     assert images.abs().max() <= 1
     assert discriminator(images).shape == (2, 1)
-
-
-def test_spectral_normalization_comes_on_by_recipe() -> None:
-    discriminator = ImageDiscriminator(4)
-    changes = nk.apply_recipe(discriminator, "keep+sn", example=torch.zeros(1, 3, 32, 32))
-    assert len(changes.rows) == 8
 
 
 def test_points_lie_on_the_ring() -> None:
@@ -229,20 +210,12 @@ def test_points_lie_on_the_ring() -> None:
     assert_close(centres(4, 1.0), torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]]), atol=1e-6, rtol=0)
 
 
-def test_points_pass_the_perceptrons() -> None:
-    assert PointDiscriminator(8)(PointGenerator(3, 8)(torch.zeros(5, 3))).shape == (5, 1)
-
-
-# The encoder against torch's own layers, its placements, and its heads
-
-
 @pytest.mark.parametrize("placement", ["post", "pre"])
 def test_it_equals_the_layers_of_torch(placement: str) -> None:
     torch.manual_seed(0)
     ours = Encoder(11, 7, features=12, depth=2, heads=3, placement=placement).double().eval()
-    theirs = nn.ModuleList(
-        nn.TransformerEncoderLayer(12, 3, 48, 0.0, batch_first=True, norm_first=placement == "pre") for _ in range(2)
-    )
+    options = {"dropout": 0.0, "batch_first": True, "norm_first": placement == "pre"}
+    theirs = nn.ModuleList(nn.TransformerEncoderLayer(12, 3, 48, **options) for _ in range(2))
     for k, layer in enumerate(theirs.double().eval()):
         attention, feed = ours.layers[2 * k], ours.layers[2 * k + 1]
         layer.self_attn.load_state_dict(
@@ -278,11 +251,6 @@ def test_every_norm_and_head_trains(norm: str, fix: bool) -> None:
     model = Encoder(11, 7, features=8, depth=1, heads=2, norm=norm, fix=fix, placement="pre")
     model(torch.randint(11, (2, 7))).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-def test_a_task_that_is_none_is_told() -> None:
-    with pytest.raises(OptionError, match="no task"):
-        draw("reverse", 1, 4)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -20,6 +20,8 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import normkit as nk
+from foreign_norms import wired
+from lab_samples import Samples
 from normkit.diagnostics import condition_number, gap
 from normkit.weights import weight_conditioning
 from processes import run_together
@@ -248,22 +250,12 @@ def test_records_are_for_any_logger(tmp_path: Path) -> None:
     assert [step for step, _ in run.logged] == [0, 2]
 
 
-class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    def __len__(self) -> int:
-        return len(X)
-
-    def __getitem__(self, place: int) -> dict[str, Tensor]:
-        return {"x": X[place], "labels": Y[place]}
+ROWS = Samples(len(X), lambda row: {"x": X[row], "labels": Y[row]})
 
 
-class WithLoss(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = net()
-
-    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.net(x)
-        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+def with_loss(self: Any, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    logits = self.net(x)
+    return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*")
@@ -275,7 +267,7 @@ def test_in_the_trainer_of_transformers(tmp_path: Path) -> None:
         str(tmp_path), max_steps=4, per_device_train_batch_size=8, report_to=[], use_cpu=True, save_strategy="no",
         disable_tqdm=True,
     )  # fmt: skip
-    trainer = transformers.Trainer(WithLoss(), arguments, train_dataset=Rows())
+    trainer = transformers.Trainer(wired(with_loss, net=net()), arguments, train_dataset=ROWS)
     trainer.add_callback(MonitorCallback(trainer.log, every=2, share=math.inf))
     trainer.train()
     logged = [row for row in trainer.state.log_history if "monitor/share" in row]
@@ -306,13 +298,10 @@ def test_in_lightning(tmp_path: Path) -> None:
         max_steps=4, accelerator="cpu", logger=logger, callbacks=[MonitorCallback(every=2, share=math.inf)],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(Module(), torch.utils.data.DataLoader(Rows(), batch_size=8))
+    trainer.fit(Module(), torch.utils.data.DataLoader(ROWS, batch_size=8))
     head, *rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
     assert {"condition/net.0", "gap/net.1", "gradient/net.2/std", "step"} <= set(head.split(","))
     assert len(rows) == 2
-
-
-# One of two processes that train under a monitor: python monitor_worker.py RANK RENDEZVOUS FOUND
 
 
 def modes() -> dict[str, Any]:

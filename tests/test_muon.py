@@ -14,7 +14,7 @@ from foreign_norms import random_
 from laws import ACTIVATIONS, name
 from normkit import GhostBatchNorm, RecurrentBatchNorm, fold
 from normkit.core.card import Card
-from normkit.gradients import Muon, matrix_groups, orthogonalize
+from normkit.gradients import Muon, matrix_groups
 from normkit.schedules import inverse_sqrt_rate, inverse_sqrt_warmup, linear_rate, linear_warmup
 from normkit.surgery import norm_penalty, param_groups
 from normkit.weights import weight_layout
@@ -80,12 +80,6 @@ def test_large_gradients_step_as_small_ones_do(sides: Any) -> None:
         assert_close(step, steps[0], rtol=1e-4, atol=1e-5)  # float32's rounding, which five steps multiply
 
 
-def test_singular_values_end_near_one() -> None:
-    values = torch.linalg.svdvals(orthogonalize(torch.randn(16, 64)))
-    assert 0.6 < values.min()
-    assert values.max() < 1.3
-
-
 def _model() -> nn.Module:
     return nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Flatten(), nn.Linear(24, 9))
 
@@ -116,9 +110,7 @@ def test_all_but_hidden_weights_step_as_adamw() -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize(
-    "options", [{}, *({"equilibrate": side} for side in ("row", "col")), {"second_moment": 0.9}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"equilibrate": "row"}, {"equilibrate": "col"}, {"second_moment": 0.9}])
 def test_rows_are_output_units_of_a_transposed_convolution(options: dict[str, Any], groups: int) -> None:
     layer = nn.ConvTranspose1d(4, 6, 3, groups=groups, bias=False, dtype=torch.float64)
     weight, layout = layer.weight, weight_layout(layer)
@@ -155,9 +147,6 @@ def test_a_convolution_is_a_matrix_and_the_state_is_kept() -> None:
         optimizer.step()
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, theirs)
-
-
-# Warm-up schedules: closed forms, and torch's optimizers that follow them
 
 
 def test_inverse_sqrt_is_the_closed_form() -> None:
@@ -204,13 +193,9 @@ def test_optimizers_follow_them_from_the_first_step_and_resume() -> None:
         assert fresh.param_groups[0]["lr"] == pytest.approx(wanted(8), rel=1e-12)
 
 
-# Decay of gains and biases: by groups and by penalty alike
-
-
 def _normed() -> nn.Module:
-    model = nn.Sequential(
-        nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4), nn.GroupNorm(2, 4), GhostBatchNorm(4, 2), nk.RMSNorm(5), nn.LSTM(5, 2)
-    ).double()
+    norms = nn.BatchNorm1d(4), nn.GroupNorm(2, 4), GhostBatchNorm(4, 2), nk.RMSNorm(5)
+    model = nn.Sequential(nn.Conv1d(3, 4, 1), *norms, nn.LSTM(5, 2)).double()
     random_(model)
     return model
 
@@ -269,6 +254,7 @@ def test_groups_and_penalty_take_the_same_step(target) -> None:
     for model, optimizer, penalty in ((by_groups, optimizers[0], 0.0), (by_penalty, optimizers[1], 0.3)):
         (_loss(model) + norm_penalty(model, penalty, target)).backward()
         optimizer.step()
+    assert norm_penalty(nn.Linear(2, 2), 0.3) == 0
     fold(by_groups)
     assert_close(by_groups.state_dict(), by_penalty.state_dict())
 
@@ -289,21 +275,10 @@ def test_gains_from_one_compute_the_same_and_decay_to_one() -> None:
     assert_close(norm_penalty(model, 1.0), torch.zeros((), dtype=torch.float64), rtol=0, atol=1e-9)
 
 
-def test_penalty_by_hand() -> None:
-    model = _normed()
-    gains = [model[layer].weight for layer in (1, 2, 3, 4)]
-    biases = [model[layer].bias for layer in (1, 2, 3)]
-    for target in (0, 1):
-        wanted = 0.15 * (sum((g - target).square().sum() for g in gains) + sum(b.square().sum() for b in biases))
-        assert_close(norm_penalty(model, 0.3, target), wanted)
-    assert norm_penalty(nn.Linear(2, 2), 0.3) == 0
+SHAPES = {"scalar": nk.ScaleNorm(4), "frames": RecurrentBatchNorm(4, "frame", 3), "pair": nk.QueryKeyNorm(4, length=3)}
 
 
-@pytest.mark.parametrize(
-    "norm",
-    [nk.ScaleNorm(4), RecurrentBatchNorm(4, "frame", max_length=3), nk.QueryKeyNorm(4, length=3)],
-    ids=lambda n: type(n).__name__,
-)
+@pytest.mark.parametrize("norm", SHAPES.values(), ids=SHAPES)
 def test_gains_of_any_number_of_axes_are_those_of_norms(norm) -> None:
     groups = {group["name"]: group["params"] for group in param_groups(nn.Sequential(nn.Linear(4, 4), norm), 0.1)}
     assert [id(p) for p in groups["norms"]] == [id(p) for p in norm.parameters()]

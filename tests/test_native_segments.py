@@ -2,12 +2,12 @@
 
 import math
 import random
-from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+import native_calls
 from native_calls import ACTIVATIONS, Call, batch, check, definition, groups, places, random_call, rows, shape_of
 from normkit.engine.abi import TYPES
 from normkit.engine.library import library, why_not
@@ -56,19 +56,10 @@ def test_any_large_plan_is_the_definition(sizes: tuple[int, ...]) -> None:
         check(random_call(chance, sizes), chance)
 
 
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stream", [0, 1])
 @pytest.mark.parametrize("activation", [0, 1, 2])
-def test_results_do_not_depend_on_threads(
-    dtype: torch.dtype, stream: int, activation: int, threads: Callable[[int], None]
-) -> None:
+def test_results_do_not_depend_on_threads(dtype: torch.dtype, stream: int, activation: int) -> None:
     fields = {"stream": stream, "activation": activation}
     plans = [
         rows(700, 96, dtype, **fields),
@@ -82,8 +73,7 @@ def test_results_do_not_depend_on_threads(
         x, dy = (torch.randn(shape_of(plan)).to(dtype) for _ in range(2))
         weight, bias = (torch.randn(plan.parameters).to(dtype) for _ in range(2))
         found = []
-        for count in (1, 2, 3):
-            threads(count)
+        for _ in native_calls.in_threads(1, 2, 3):
             call = Call(plan, x, weight, bias)
             found.append([call.forward(), call.center, call.inverse, *call.backward(dy).values()])
         for other in found[1:]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from native_calls import in_threads
 from normkit.engine.library import why_not
 from normkit.weights import Equilibrate, SpectralNorm, WeightLayout, kernels, multi_tensor
 from normkit.weights.multi_tensor import Share, Shares
@@ -48,10 +49,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], WeightLayout]] = {
     "many tasks": ((260, 257), WeightLayout()),
     "many tasks, transposed": ((260, 65, 3), WeightLayout(output_axis=1, groups=2)),
 }
-LARGE = {
-    "two long rows": ((2, 140_000), WeightLayout()),
-    "few long pieces": ((2, 2, 70_000), WeightLayout(output_axis=1)),
-}
+LARGE = {"long rows": ((2, 140_000), WeightLayout()), "few long pieces": ((2, 2, 70_000), WeightLayout(output_axis=1))}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -139,7 +137,7 @@ def test_no_dtype_loses_more_than_the_definition(
 
 
 def test_a_large_mean_costs_no_accuracy() -> None:
-    for shape, layout in (SHAPES["matrix"], SHAPES["transposed"], SHAPES["many tasks"], LARGE["two long rows"]):
+    for shape, layout in (SHAPES["matrix"], SHAPES["transposed"], SHAPES["many tasks"], LARGE["long rows"]):
         part = WeightStandardization(layout)
         w = (torch.randn(shape) + 1e4).requires_grad_()  # itself rounded to 2^-10
         wide = w.detach().double().requires_grad_()
@@ -240,17 +238,12 @@ def test_one_call_for_many_is_one_by_one(dtype: torch.dtype) -> None:
 def test_threads_change_nothing() -> None:
     every = shares()
     raw = [tensor for share in every for tensor in leaves(share)]
-    started, found = torch.get_num_threads(), []
-    gradients = [torch.randn_like(share.weight) for share in every]
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            torch.manual_seed(1)
-            copies = [copied(share) for share in every]
-            many = multi_tensor.normalize(copies)
-            found.append([*many, *torch.autograd.grad(many, raw, gradients)])
-    finally:
-        torch.set_num_threads(started)
+    found, gradients = [], [torch.randn_like(share.weight) for share in every]
+    for _ in in_threads(1, 3):
+        torch.manual_seed(1)
+        copies = [copied(share) for share in every]
+        many = multi_tensor.normalize(copies)
+        found.append([*many, *torch.autograd.grad(many, raw, gradients)])
     assert_close(found[0], found[1], rtol=0, atol=0)
 
 

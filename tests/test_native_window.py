@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from native_calls import in_threads
 from normkit import GlobalResponseNorm, LocalResponseNorm
 from normkit.engine import abi, native_global_response, native_window
 from normkit.engine.library import why_not
@@ -178,18 +179,14 @@ def _functions() -> list[Callable[[Tensor], Tensor]]:
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_results_do_not_depend_on_the_threads(which: int) -> None:
-    function, threads = _functions()[which], torch.get_num_threads()
+    function = _functions()[which]
     for shape in ((1, 70, 900), (5, 64, 40), (2, 3, 20000)):
         for last in (False, True):
             x = _random(shape, torch.float32, last).requires_grad_()
             found = []
-            try:
-                for number in (1, 2, 3):
-                    torch.set_num_threads(number)
-                    y = function(x)
-                    found.append((y, *torch.autograd.grad(y, x, x.detach())))
-            finally:
-                torch.set_num_threads(threads)
+            for _ in in_threads(1, 2, 3):
+                y = function(x)
+                found.append((y, *torch.autograd.grad(y, x, x.detach())))
             for other in found[1:]:
                 assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lab_samples
 from architectures import published
+from foreign_norms import wired
 from normkit.core.errors import OptionError, ProtocolError
 from normkit.lab.outcome import Outcome, Template, compare
 from normkit.lab.protocol import MODELS, load_factory
@@ -22,16 +23,10 @@ from normkit.surgery.recipe import why_not
 QUICK: dict[str, Any] = {"rates": (0.01,), "epochs": 1, "batch_size": 32, "accelerator": "cpu", "report": False}
 
 
-class Tagger(nn.Module):
+def tagger() -> nn.Module:
     """A recurrent tagger of tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.out = nn.Embedding(9, 8), nn.Linear(8, 4)
-        self.body = nn.LSTM(8, 8, batch_first=True)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.out(self.body(self.embedding(tokens))[0])
+    parts = {"embedding": nn.Embedding(9, 8), "out": nn.Linear(8, 4), "body": nn.LSTM(8, 8, batch_first=True)}
+    return wired(lambda self, tokens: self.out(self.body(self.embedding(tokens))[0]), **parts)
 
 
 class Translator(nn.Module):
@@ -94,9 +89,7 @@ def test_an_outcome(outcome: Outcome) -> None:
     assert outcome.best.recipe == max(outcome.table, key=lambda row: row["test_mean"])["recipe"]
     assert "mean test accuracy" in outcome.best.verdict
     assert outcome.record["config"]["model"] == "lab_samples:model"
-    assert outcome.record["command"].startswith(
-        "from Python: normkit compare --model lab_samples:model --data builtins"
-    )
+    assert outcome.record["command"].startswith("from Python: normkit compare --model lab_samples:model --data bui")
     assert outcome.record["experiment"]["title"] == "keep, keep+e on a dict"
     assert first["ms_per_step"] * second["ratio"] == pytest.approx(second["ms_per_step"])
     assert outcome._repr_html_().count("each DataLoader") == 1
@@ -112,7 +105,7 @@ def test_an_outcome(outcome: Outcome) -> None:
 @pytest.mark.parametrize(
     ("model", "data", "recipes"),
     [
-        (Tagger, tags, ("keep", "keep+wn", "keep+e")),
+        (tagger, tags, ("keep", "keep+wn", "keep+e")),
         (Translator, sequences, ("keep", "rms", "keep+wn", "keep+e")),
         (language, words, ("keep", "ln", "keep+wn", "keep+e")),
         (perceptron, bunch, ("keep", "keep+wn", "keep+e")),
@@ -191,12 +184,7 @@ class Scaled(nn.Linear):
     ("model", "options", "error", "words"),
     [
         (Scaled(), {}, ProtocolError, r"scale \(Gain\) has weights and no reset_parameters .* model=lambda: Net\(\)"),
-        (
-            lab_samples.model,
-            {"epoch": 5},
-            OptionError,
-            r"no setting 'epoch'; did you mean 'epochs'\?; wanted acc",
-        ),
+        (lab_samples.model, {"epoch": 5}, OptionError, r"no setting 'epoch'; did you mean 'epochs'\?; wanted acc"),
         (lab_samples.model, {"seeds": 0}, OptionError, "at least one seed"),
     ],
 )

@@ -58,9 +58,6 @@ def test_a_page_is_drawn_from_its_record(name: str, tmp_path: Path, monkeypatch:
     assert json.loads(text)["experiment"]["name"] == name
 
 
-# Tables in a terminal of any width, and looks by which recipes are told apart
-
-
 def printed(table: Table, width: int) -> str:
     console = Console(width=width, record=True, file=io.StringIO())
     print_table(table, console)
@@ -81,9 +78,7 @@ CELLS = st.one_of(st.none(), st.floats(allow_nan=False), st.integers(), WORDS, s
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    st.integers(1, 12).flatmap(lambda n: st.tuples(*(st.lists(of, min_size=n, max_size=n) for of in (WORDS, CELLS))))
-)
+@given(st.integers(1, 12).flatmap(lambda n: st.tuples(*(st.lists(c, min_size=n, max_size=n) for c in (WORDS, CELLS)))))
 def test_a_terminal_of_80_columns_shows_all_cells_and_headings(drawn: tuple[list[str], list[Any]]) -> None:
     columns, row = drawn
     shown = printed(Table("T", columns, [row, row[::-1]]), 80)
@@ -96,8 +91,6 @@ def test_many_recipes_are_told_apart() -> None:
     looks = styles([str(index) for index in range(20)], "0")
     assert len({(look.light, look.marker, look.line) for look in looks}) == 20
 
-
-# The page in a real browser: no errors, nothing cut, and what one points at, clicks and drags responds
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # A Chromium without a sandbox runs as root too; it asks nothing of the network, and keeps nothing.
@@ -123,16 +116,21 @@ def browse(folder: Path, *arguments: str) -> tuple[str, list[str]]:
     return done.stdout, [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
 
 
+def answer(folder: Path, *arguments: str) -> Any:
+    """What a page has in its element "found"; the console must stay silent."""
+    text, said = browse(folder, *arguments, "--dump-dom")
+    assert said == []
+    found = re.search(r'<pre id="found">(.*?)</pre>', text, re.DOTALL)
+    assert found, text[-2000:]
+    return json.loads(html.unescape(found[1]))
+
+
 def look(page: Path, width: int, *flags: str) -> dict[str, Any]:
     """The page at a width, as it looks and as it responds."""
     frame = page.with_name(f"frame-{width}.html")
     inside = FRAME.format(width=width, page=html.escape(page.read_text()), script=SCRIPT.read_text())
     frame.write_text(inside, encoding="utf-8")
-    text, said = browse(page.parent, *flags, f"--window-size={max(width, 500)},900", "--dump-dom", frame.as_uri())
-    assert said == []
-    found = re.search(r'<pre id="found">(.*?)</pre>', text, re.DOTALL)
-    assert found, text[-2000:]
-    return json.loads(html.unescape(found[1]))
+    return answer(page.parent, *flags, f"--window-size={max(width, 500)},900", frame.as_uri())
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +164,6 @@ def test_what_must_be_there_is_painted(page: Path, flags: tuple[str, ...]) -> No
         assert int((each.dark if flags else each.light)[1:], 16) in pixels
 
 
-# The atlas of support sets: its data, its reading of the notation beside Python's, and the page in a browser
-
 DOCS = Path(__file__).parent.parent / "docs"
 sys.path.insert(0, str(DOCS / "extensions"))
 import atlas  # noqa: E402
@@ -179,7 +175,7 @@ PAGE = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="wi
 
 
 def found(folder: Path, expression: str, *, ui: bool, width: int = 1200) -> Any:
-    """What a JavaScript expression gives on the page; the console must stay silent."""
+    """What a JavaScript expression gives on the page."""
     text = PAGE.format(
         style=(DOCS / "stylesheets/atlas.css").read_text(),
         island=atlas.on_page_markdown("<!-- atlas -->"),
@@ -188,11 +184,7 @@ def found(folder: Path, expression: str, *, ui: bool, width: int = 1200) -> Any:
         found=expression,
     )
     (folder / "atlas.html").write_text(text, encoding="utf-8")
-    dom, said = browse(folder, f"--window-size={width},900", "--dump-dom", (folder / "atlas.html").as_uri())
-    assert said == []
-    answer = re.search(r'<pre id="found">(.*?)</pre>', dom, re.DOTALL)
-    assert answer, dom[-2000:]
-    return json.loads(html.unescape(answer[1]))
+    return answer(folder, f"--window-size={width},900", (folder / "atlas.html").as_uri())
 
 
 def notations(number: int) -> Iterator[dict[str, Any]]:

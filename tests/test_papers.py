@@ -25,10 +25,8 @@ from normkit.surgery.condition import condition
 
 BASE = Training("digits", "inception", "", "bn", 0.0, 0, epochs=2, batch_size=64)
 ROWS = (Row("BN", "bn", printed=(83.1, 94.3)), Row("BN + E", "bn+e", printed=(83.3, 94.6)))
-CONTROLS = (
-    Row("two", "bn+wn@first_last", like="BN + E", conditioning=(("lengths", 1.0),)),
-    Row("unit", "bn", unit="first_last", like="BN + E"),
-)
+LENGTHS = {"like": "BN + E", "conditioning": (("lengths", 1.0),)}
+CONTROLS = (Row("two", "bn+wn@first_last", **LENGTHS), Row("unit", "bn", unit="first_last", like="BN + E"))
 PLANS = (
     Plan("Digits", BASE, ROWS, CONTROLS, (0.1, 1e30), 0.2, same=True, costs=1.0),
     Plan("Again", replace(BASE, width=0.5), ROWS, borrow="Digits", costs=0.0),
@@ -239,10 +237,8 @@ def test_networks_of_the_cost_have_a_loss(name: str) -> None:
 
 def test_weight_norm_from_the_start_of_e_is_e_at_first() -> None:
     data = images("digits", None, None, None, None)
-    e, free = (
-        make(replace(BASE, recipe=recipe, conditioning=options), data)
-        for recipe, options in (("bn+e", ()), ("bn+wn@first_last", (("lengths", 1.0),)))
-    )
+    methods = {"bn+e": (), "bn+wn@first_last": (("lengths", 1.0),)}.items()
+    e, free = (make(replace(BASE, recipe=recipe, conditioning=options), data) for recipe, options in methods)
     x = data.train.batch(torch.arange(8), torch.device("cpu"))[0]
     torch.testing.assert_close(free(x), e(x))
     raw = [value for name, value in e.named_parameters() if name.endswith("original")]
@@ -279,7 +275,6 @@ def test_differences_say_whether_they_show_one() -> None:
     for one in judged:
         one["runs"] = [{**run, "status": "ok" if run["test_score"] is not None else "diverged"} for run in one["runs"]]
     (said, lost) = verdicts({"parts": {"L": {"sets": {"given": judged}}}})
-    assert [part.rpartition(", ")[2] for part in said.rstrip(".").split("; ")] == [
-        *("worse", "no difference shown", "no interval", "no difference shown", "not judged"),
-    ]
+    found = [part.rpartition(", ")[2] for part in said.rstrip(".").split("; ")]
+    assert found == ["worse", "no difference shown", "no interval", "no difference shown", "not judged"]
     assert lost == "L: runs that diverged: lost (1 of 3)."

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import lab_samples
+from interruption import Stop
 from normkit.lab import record, task
 from normkit.lab.data.split import Data
 from normkit.lab.devices import part
@@ -63,13 +64,6 @@ def test_two_processes_are_one(tmp_path: Path, two: Path, name: str) -> None:
 def test_resumed_shards_are_exact(two: Path) -> None:
     for name in ("metrics.jsonl", "result.json"):
         assert (two / "resumed shards" / name).read_bytes() == (two / "shards" / name).read_bytes()
-
-
-# Processes of the parallel training tests: torchrun parallel_worker.py OUT trains every case of CASES into a folder of OUT
-
-
-class Stop(Exception):
-    """Stands for an interruption."""
 
 
 def padded(data: Data, least: float) -> Data:

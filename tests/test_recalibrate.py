@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import normkit as nk
-from foreign_norms import random_
+from foreign_norms import random_, wired
 from normkit import BatchGroupNorm, BatchRenorm, GhostBatchNorm, MeanOnlyBatchNorm, recalibrate
 from normkit.core.errors import SurgeryError
 from normkit.surgery import choose_alpha, freeze, unfreeze, weigh_examples
@@ -83,13 +83,6 @@ def test_other_running_statistics_are_left_and_told(norm: nn.Module) -> None:
         recalibrate(norm, [_data()])
 
 
-def test_evaluation_after_it_is_training_on_the_full_data() -> None:
-    model, x = nn.Sequential(nn.Conv1d(3, 5, 1), nn.BatchNorm1d(5)).double(), _data()
-    recalibrate(model, x.split(4))
-    wanted = copy.deepcopy(model)(x)
-    assert_close(model.eval()(x), wanted)
-
-
 def test_deep_layers_see_inputs_normalized_by_their_batch() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3), nn.ReLU(), nn.BatchNorm1d(3)).double()
     x = _data()
@@ -138,16 +131,9 @@ def test_dropout_does_not_enter() -> None:
 
 
 def test_batches_of_many_kinds_and_masks() -> None:
-    class Masked(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = nk.BatchNorm(3, layout="n * c")
-
-        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-            return self.norm(x, mask=mask)
 
     x, mask = _data().transpose(1, 2), torch.rand(23, 4, 1) > 0.4
-    model = Masked().double()
+    model = wired(lambda self, x, mask: self.norm(x, mask=mask), norm=nk.BatchNorm(3, layout="n * c")).double()
     recalibrate(model, ({"x": a, "mask": b} for a, b in zip(x.split(5), mask.split(5), strict=True)))
     assert_close(model.norm.running_mean, x[mask.squeeze(-1)].mean(0))
     assert_close(model.norm.running_var, x[mask.squeeze(-1)].var(0, correction=0))
@@ -195,9 +181,6 @@ def test_a_norm_that_no_batch_reaches_is_told() -> None:
         recalibrate(model, [_data()])
 
 
-# Frozen batch normalization stays as it is through train(), copies and pickles, and is let go again
-
-
 def _model() -> nn.Module:
     norms = nn.BatchNorm2d(4), nk.BatchNorm(4), nn.InstanceNorm2d(4, track_running_stats=True)
     return nn.Sequential(nn.Conv2d(3, 4, 1), *norms)
@@ -243,9 +226,6 @@ def test_it_is_undone_and_let_go() -> None:
     model.train()(x)
     assert not model[1].weight.requires_grad
     assert model[1].num_batches_tracked == 2
-
-
-# A trained model's batch normalizations weigh the example at inference
 
 
 def _model_example_weighing() -> nn.Module:

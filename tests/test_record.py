@@ -83,16 +83,10 @@ except RecordError as error:
     assert record.read_json(tmp_path / "value.json") == {"a": 1}
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"", "damaged"),
-        (b'{"a": 1', "damaged"),
-        (b"[1]", "holds a list"),
-        (b"{}", "a is not in it"),
-        (b"\xff", "damaged"),
-    ],
-)
+DAMAGED = {b"": "damaged", b'{"a": 1': "damaged", b"[1]": "holds a list", b"{}": "a is not in it", b"\xff": "damaged"}
+
+
+@pytest.mark.parametrize(("content", "words"), DAMAGED.items())
 def test_damaged_json_is_named(tmp_path: Path, content: bytes, words: str) -> None:
     path = tmp_path / "value.json"
     path.write_bytes(content)
@@ -184,9 +178,6 @@ def test_place_that_is_a_file(tmp_path: Path) -> None:
         record.write_json(tmp_path / "file" / "value.json", {})
 
 
-# Steps of a walk: a stop anywhere leaves no trace in what comes out
-
-
 def journey(folder: Path, stop: int | None = None, bad: int | None = None) -> tuple[Any, list[float]]:
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
@@ -231,8 +222,6 @@ def test_divergence_ends_a_walk(tmp_path: Path) -> None:
     walked, _ = journey(tmp_path, bad=5)
     assert (walked.status, walked.steps, len(walked.rows)) == (DIVERGED, 5, 2)
 
-
-# What a run keeps until it is done, holds while others might take it, and gives back to who comes after
 
 SETTINGS = Settings(epochs=2, batch_size=16, rates=(0.1,), accelerator="cpu", condition=False)
 
@@ -284,29 +273,20 @@ def test_fewer_samples_than_processes_are_refused(tmp_path: Path) -> None:
         Trainer(0.1, 0, SETTINGS, lab_samples.model(), data, fabric, tmp_path)
 
 
-class Noisy:
-    """A dataset whose samples are drawn when they are read."""
-
-    drawn: list[float]
-
-    def __len__(self) -> int:
-        return 80
-
-    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
-        self.drawn.append(torch.rand(()).item())
-        return self.drawn[-1] + torch.arange(8.0) + row % 3, row % 3
-
-
 def test_what_a_model_draws_does_not_change_the_samples(tmp_path: Path) -> None:
-    source, seen = Noisy(), []
+    drawn, seen = [], []
+
+    def read(row: int) -> tuple[torch.Tensor, int]:
+        drawn.append(torch.rand(()).item())
+        return drawn[-1] + torch.arange(8.0) + row % 3, row % 3
+
     for dropout in (0.0, 0.5):
-        source.drawn = []
-        data = make_data(lambda: source, "data")
-        source.drawn = []
+        data = make_data(lambda: lab_samples.Samples(80, read), "data")
+        drawn.clear()
         reseed(0, "init")
         model = nn.Sequential(nn.Dropout(dropout), nn.Linear(8, 3))
         Trainer(0.1, 0, SETTINGS, model, data, start_fabric(SETTINGS), tmp_path / str(dropout)).train()
-        seen.append(source.drawn)
+        seen.append([*drawn])
     assert seen[0] == seen[1]
     assert len(set(seen[0])) > len(seen[0]) / 3  # each epoch draws its own; judging draws the same each time
 

@@ -60,10 +60,7 @@ def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawing, "DPI", 40)
 
 
-NAMES = (
-    *("validation_score", "training_loss", "paired_differences"),
-    *("learning_rates", "condition_numbers", "cost"),
-)
+NAMES = (*("validation_score", "training_loss", "paired_differences"), *("learning_rates", "condition_numbers", "cost"))
 
 
 @pytest.fixture(scope="module")

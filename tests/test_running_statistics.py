@@ -24,6 +24,10 @@ each_kept = pytest.mark.parametrize("card", KEPT, ids=name)
 each_half = pytest.mark.parametrize("half", HALVES, ids=str)
 
 
+def class_of(one: object) -> str:
+    return type(one).__name__
+
+
 def statistics(module: nn.Module) -> dict[str, Tensor]:
     return {key: value for key, value in module.named_buffers() if value.is_floating_point()}
 
@@ -96,9 +100,6 @@ def test_checkpoints_of_half_models_load_both_ways(half: torch.dtype) -> None:
     assert_close(theirs.eval()(x), ours.eval()(x), rtol=2 * torch.finfo(half).eps, atol=2 * torch.finfo(half).eps)
 
 
-# What enters the average, and what does not
-
-
 @pytest.mark.parametrize("reentrant", [True, False])
 @each_kept
 def test_passes_that_are_checkpointed_together_are_as_without(card: Card, reentrant: bool) -> None:
@@ -149,9 +150,7 @@ def test_accumulated_passes_count_as_one_batch(momentum: float | None, masked: b
     assert "accumulate=4" in repr(norm)
 
 
-@pytest.mark.parametrize(
-    "memory", [Running(0.1), RunningMoments(0.1), RunningMean(0.1)], ids=lambda one: type(one).__name__
-)
+@pytest.mark.parametrize("memory", [Running(0.1), RunningMoments(0.1), RunningMean(0.1)], ids=class_of)
 def test_a_channel_whose_result_does_not_fit_keeps_both(memory: Running) -> None:
     running = nk.functional.RunningStatistics(torch.zeros(3).half(), torch.ones(3).half())
     memory.blend(
@@ -166,9 +165,7 @@ def test_a_channel_whose_result_does_not_fit_keeps_both(memory: Running) -> None
 
 
 @pytest.mark.parametrize("broken", [[0], [0, 1]], ids=["one channel", "all channels"])
-@pytest.mark.parametrize(
-    "memory", [Running(None), RunningMoments(None), RunningMean(None)], ids=lambda one: type(one).__name__
-)
+@pytest.mark.parametrize("memory", [Running(None), RunningMoments(None), RunningMean(None)], ids=class_of)
 def test_the_cumulative_average_counts_no_skipped_batch(memory: Running, broken: list[int]) -> None:
     running = nk.functional.RunningStatistics(torch.zeros(2), torch.ones(2), torch.tensor(0))
     split = Split((4, 2), ("n", "c"), (0,))
@@ -201,9 +198,6 @@ def test_back_ends_blend_alike_and_exactly(memory: type[Running], momentum: floa
     if momentum in (1.0, None):
         assert found["reference"].mean == 1
         assert centred or found["reference"].var == (1 if memory is RunningMoments else 2)
-
-
-# What else every layer shares
 
 
 @pytest.mark.parametrize("card", [card for card in METHODS if card.kind in ("activation", "input")], ids=name)

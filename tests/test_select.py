@@ -44,12 +44,9 @@ def test_places(where, names):
     assert list(select(Mixed(), where)) == names
 
 
-def test_a_module_in_two_places_counts_once():
+def test_a_module_in_two_places_or_at_both_ends_counts_once():
     shared = nn.Linear(4, 4)
     assert list(select(nn.Sequential(shared, nn.ReLU(), shared))) == ["0"]
-
-
-def test_a_single_layer_is_first_and_last_once():
     assert list(select(nn.Linear(2, 2), "first_last")) == [""]
 
 
@@ -64,8 +61,6 @@ def test_parametrized_layers_count_and_their_insides_do_not():
 def test_attention_with_other_sizes_has_three_weights():
     assert weight_names(nn.MultiheadAttention(8, 2, kdim=4)) == ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
-
-# Rows and columns of every layer's weight, against the layer's matrix found by pushing unit inputs through it
 
 LAYERS = {
     "linear": (nn.Linear(5, 4), (5,)),
@@ -112,19 +107,13 @@ def test_the_unfolding_has_the_rows_and_the_unfolded_columns(layer, shape) -> No
         assert_close(torch.linalg.vector_norm(matrix, dim=0).sort().values, columns.sort().values)
 
 
-def test_parametrized_layers_keep_their_layout() -> None:
+def test_layouts_of_parametrized_layers_of_attention_and_of_others() -> None:
     layer = nn.utils.parametrizations.weight_norm(nn.ConvTranspose2d(4, 6, 3, groups=2))
     assert weight_layout(layer) == WeightLayout(output_axis=1, groups=2)
-
-
-def test_attention_stacks_three_matrices() -> None:
-    layout = weight_layout(nn.MultiheadAttention(4, 2), "in_proj_weight")
-    assert layout.columns().split((12, 4)).shape == (3, 4, 4)
-    assert weight_layout(nn.MultiheadAttention(4, 2).out_proj) == WeightLayout()
-
-
-def test_any_other_weight_counts_outputs_first() -> None:
-    assert weight_layout(nn.LSTM(3, 4), "weight_hh_l0") == weight_layout(nn.Bilinear(2, 3, 4)) == WeightLayout()
+    attention = nn.MultiheadAttention(4, 2)  # which stacks three matrices
+    assert weight_layout(attention, "in_proj_weight").columns().split((12, 4)).shape == (3, 4, 4)
+    others = (attention.out_proj, "weight"), (nn.LSTM(3, 4), "weight_hh_l0"), (nn.Bilinear(2, 3, 4), "weight")
+    assert {weight_layout(*other) for other in others} == {WeightLayout()}  # outputs first
     assert weight_layout(nn.Embedding(7, 3)).rows == Support("o *", over="*")
 
 

@@ -104,9 +104,6 @@ def test_function_in_one_process() -> None:
     assert_close((mean, var), (norm.running_mean, norm.running_var))
 
 
-# One process of the synchronized batch normalization test: python sync_worker.py RANK RENDEZVOUS CASES FOUND
-
-
 def run(case: dict[str, Any], rank: int) -> dict[str, Any]:
     norm = SyncBatchNorm(3, **case["options"]).to(case["dtype"])
     norm.load_state_dict(case["state"])

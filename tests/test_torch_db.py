@@ -141,8 +141,6 @@ def test_what_torch_refuses_is_refused_alike(op: Any) -> None:
             OURS[op.name](*args, **kwargs)
 
 
-# torch's own inputs of its norm modules, with normkit in torch's place
-
 OURS_module_db: dict[str, Callable[..., nn.Module]] = {
     **{f"nn.BatchNorm{k}d": nk.BatchNorm for k in (1, 2, 3)},
     **{f"nn.InstanceNorm{k}d": partial(nk.InstanceNorm, spatial=k) for k in (1, 2, 3)},

@@ -229,10 +229,7 @@ def test_what_other_frameworks_keep(framework: str, recipe: str) -> None:
         translate(state, model, source=framework, rename=lambda key: _ours(key) if "extra" not in key else key)
     with pytest.raises(nk.errors.SurgeryError, match="transposed convolution"):
         translate({"kernel": torch.ones(2, 2, 3, 4)}, nn.ConvTranspose2d(3, 4, 2, bias=False), source=framework)
-    for layer, said in (
-        (nn.ConvTranspose2d(3, 4, 2), "transposed convolution"),
-        (nn.LSTM(3, 3), "of LSTM, whose"),
-    ):
+    for layer, said in ((nn.ConvTranspose2d(3, 4, 2), "transposed convolution"), (nn.LSTM(3, 3), "of LSTM, whose")):
         with pytest.raises(nk.errors.SurgeryError, match=said):
             translate(layer.state_dict(), layer, to=framework)
     packed = nn.ModuleDict({"a": nn.MultiheadAttention(3, 1, bias=False)})
@@ -305,13 +302,10 @@ def test_files(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> 
     wanted = translate(tied.state_dict(), tied, to="plain", save=path)
     assert_close(translate(path, nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), save=str(other)), wanted)
     assert list(translate(str(other), tied)) == list(tied.state_dict())
+    pair = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("the disk is full")))
     with pytest.raises(OSError, match="full"):
-        translate(
-            {key: value + 1 for key, value in wanted.items()},
-            nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)),
-            save=other,
-        )
+        translate({key: value + 1 for key, value in wanted.items()}, copy.deepcopy(pair), save=other)
     assert_close(translate(other, nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))), wanted)  # as it was
     assert {each.name for each in tmp_path.iterdir()} == {path.name, other.name}
     if ending == "safetensors":

@@ -17,6 +17,7 @@ from rich.console import Console
 import lab_samples
 from experiment_samples import EXPERIMENT
 from interruption import Stop, at_call
+from lab_samples import files
 from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record
 from normkit.lab.experiment import Bench
@@ -33,10 +34,6 @@ def performed(folder: Path, **options: Any) -> dict[str, Any]:
     more = {key: options.pop(key) for key in ("overwrite", "report") if key in options}
     bench = Bench("small", folder, seeds=(0, 1), console=QUIET, **options)
     return perform(EXPERIMENT, bench, **{"report": False, **more})
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def trained(folder: Path) -> set[Path]:
@@ -223,14 +220,10 @@ def damaged(path: Path) -> Iterator[str]:
 RUN = "runs/keep+e/rate=0.1/seed=0"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "result.json",
-        "runs/costs/*/result.json",
-        *(f"{RUN}/{file}" for file in ("result.json", "metrics.jsonl", "timing.jsonl", "timing.json")),
-    ],
-)
+OF_RUN = [f"{RUN}/{file}" for file in ("result.json", "metrics.jsonl", "timing.jsonl", "timing.json")]
+
+
+@pytest.mark.parametrize("name", ["result.json", "runs/costs/*/result.json", *OF_RUN])
 def test_a_damaged_comparison_is_told_or_does_no_harm(
     copied: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -290,15 +283,12 @@ def test_a_later_schema_can_be_come_by(copied: Path, name: str) -> None:
 
 def test_a_folder_removed_meanwhile_is_no_dead_end(tmp_path: Path, comparison: Path) -> None:
     for begin in (compared, performed):
-        with (
-            at_call(record, "write_checkpoint", 3, lambda: shutil.rmtree(tmp_path / "out")),
-            pytest.raises(RecordError, match=r"was removed while .*same command"),
-        ):
+        gone = at_call(record, "write_checkpoint", 3, lambda: shutil.rmtree(tmp_path / "out"))
+        with gone, pytest.raises(RecordError, match=r"was removed while .*same command"):
             begin(tmp_path / "out")
     found = compared(tmp_path / "out")
-    for one, other in zip(
-        found["result"]["recipes"], record.read_json(comparison / "result.json")["result"]["recipes"], strict=True
-    ):
+    rows = [each["result"]["recipes"] for each in (found, record.read_json(comparison / "result.json"))]
+    for one, other in zip(*rows, strict=True):
         assert one["test_score"] == other["test_score"]
 
 

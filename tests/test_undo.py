@@ -65,9 +65,8 @@ def _all_of(model: nn.Module) -> str:
 
 
 def _trained(model: nn.Module, x: Tensor) -> torch.optim.Optimizer:
-    optimizer = torch.optim.AdamW(
-        [{"params": [p for p in model.parameters() if (p.dim() > 1) == wide]} for wide in (True, False)]
-    )
+    split = [[p for p in model.parameters() if (p.dim() > 1) == wide] for wide in (True, False)]
+    optimizer = torch.optim.AdamW([{"params": parameters} for parameters in split])
     model(x).square().mean().backward()
     optimizer.step()
     return optimizer
@@ -184,9 +183,6 @@ def test_models_on_meta_and_compiled_ones() -> None:
     assert (compiled(x) - before).abs().max() > 1e-3
     assert changes.undo() is compiled
     assert_close(compiled(x), before)
-
-
-# What would go wrong silently in placed, adopted and converted models is refused, or forgotten where it is stale
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

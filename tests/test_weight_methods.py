@@ -20,9 +20,6 @@ from normkit.weights.spectral_norm import SpectralNorm, spectral_norm
 from normkit.weights.weight_norm import rescale, weight_norm
 from normkit.weights.weight_standardization import PUBLISHED, WeightStandardization, standardize, weight_standardization
 
-# Weight normalization beside torch's, and what torch's lacks
-
-
 LAYERS = {
     "linear": (lambda: nn.Linear(5, 4), (3, 5)),
     "conv 1d": (lambda: nn.Conv1d(4, 6, 3), (2, 4, 7)),
@@ -63,9 +60,8 @@ def test_equals_torch(make, shape, method, dtype) -> None:
         y, wanted = ours.train(train)(x), other.train(train)(x)
         assert_close(y, wanted, **exact)
         g = torch.randn_like(y)
-        assert_close(
-            *(torch.autograd.grad(of, list(on.parameters()), g) for of, on in ((y, ours), (wanted, other))), **exact
-        )
+        pairs = ((y, ours), (wanted, other))
+        assert_close(*(torch.autograd.grad(of, list(on.parameters()), g) for of, on in pairs), **exact)
         assert_close(ours.state_dict(), other.state_dict(), **exact)
 
 
@@ -80,9 +76,6 @@ def test_one_axis() -> None:
     v = torch.tensor([3.0, -4.0])
     assert_close(rescale(torch.tensor(10.0), v, None), torch.tensor([6.0, -8.0]))
     assert_close(rescale(torch.tensor([2.0, 3.0]), v, 0), torch.tensor([2.0, -3.0]))
-
-
-# Weight standardization, by its definition and in its published forms
 
 
 def test_the_published_forms() -> None:
@@ -108,27 +101,23 @@ def test_the_published_forms() -> None:
     assert_close(wanted["timm"], timm)
 
 
-def test_a_constant_row_becomes_zero() -> None:
+def test_a_constant_row_becomes_zero_and_one_weight_in_the_first_axis_is_no_unit() -> None:
     assert_close(standardize(torch.full((1, 4), 7.0)), torch.zeros(1, 4))
-
-
-def test_one_weight_in_the_first_axis_is_no_unit() -> None:
     assert standardize(torch.randn(2, 6, 1), layout=WeightLayout(output_axis=1)).shape == (2, 6, 1)
 
 
-# Spectral normalization beside torch's, and against the singular value decomposition
-
-
-def test_two_uses_before_one_backward() -> None:
-    layer = spectral_norm(nn.Linear(5, 4))
+def test_spectral_norms_of_two_uses_of_a_vector_of_zeros_and_of_halves() -> None:
+    layer, part, zero = (
+        spectral_norm(nn.Linear(5, 4)),
+        SpectralNorm(torch.ones(2)),
+        torch.zeros(2, 2, requires_grad=True),
+    )
     (layer(torch.randn(3, 5)).sum() - layer(torch.randn(3, 5)).sum()).backward()
     assert layer.parametrizations.weight.original.grad is not None  # pyright: ignore
-
-
-def test_a_vector_is_divided_by_its_norm() -> None:
-    part = SpectralNorm(torch.ones(2))
-    assert_close(part(torch.tensor([3.0, 4.0])), torch.tensor([0.6, 0.8]))
+    assert_close(part(torch.tensor([3.0, 4.0])), torch.tensor([0.6, 0.8]))  # divided by its norm
     assert not list(part.buffers())
+    assert torch.autograd.grad(SpectralNorm(zero, exact=True)(zero).sum(), zero)[0].isfinite().all()
+    assert SpectralNorm(torch.ones(2, 2), exact=True)(torch.ones(2, 2).bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
@@ -143,15 +132,6 @@ def test_exact_holds_the_largest_singular_value_at_one_at_each_use(make, shape) 
         found = layer.weight.movedim(dim, 0).flatten(1)
         assert_close(torch.linalg.svdvals(found.detach())[0], torch.tensor(1.0).double())
     assert layer(torch.randn(shape).double()).isfinite().all()
-
-
-def test_exact_of_a_zero_and_of_a_half_weight() -> None:
-    zero = torch.zeros(2, 2, requires_grad=True)
-    assert torch.autograd.grad(SpectralNorm(zero, exact=True)(zero).sum(), zero)[0].isfinite().all()
-    assert SpectralNorm(torch.ones(2, 2), exact=True)(torch.ones(2, 2).bfloat16()).dtype == torch.bfloat16
-
-
-# Power iteration
 
 
 NOT_NORMAL = torch.tensor([[1.0, 5.0], [0.0, 0.5]], dtype=torch.float64)
