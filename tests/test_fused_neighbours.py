@@ -48,6 +48,8 @@ def test_gradients_through_dropout() -> None:
         found += torch.autograd.grad(run(x).square().sum(), x)
     assert torch.equal(*found)
     assert found[0].count_nonzero() > 0
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    assert 0 < (compiled(x) == 0).sum() < x.numel()
     y, total = layer.after_sum(x, x)
     assert 0 < (y == 0).sum() < y.numel()
     assert torch.equal(total, 2 * x)

@@ -17,7 +17,8 @@ def drop(x: Tensor, p: float) -> Tensor:
     The seed comes from torch's generator of the CPU, one number per call. So ``torch.manual_seed`` decides it, and checkpointing
     that preserves the state draws the same again.
     """
-    if p >= 1 or library() is None or not plain(x) or not is_dense(x.shape, x.stride()):
+    # plain() first: a compiler stops at what library() reads.
+    if p >= 1 or not plain(x) or library() is None or not is_dense(x.shape, x.stride()):
         return F.dropout(x, p)
     return _Drop.apply(x, p, int(torch.empty((), dtype=torch.int64).random_()))
 
