@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "plan.h"
-#include "vector.h"
+#include "twin.h"
 
 namespace nk {
 namespace curve {
@@ -89,9 +89,25 @@ template <class A> inline Vec<A> cubic_slope(Vec<A> z) { return A(1.595769121605
 
 }  // namespace curve
 
+constexpr double LEAK = 0.01;  // the slope of the leaky ReLU below zero
+
+// In an activation's place where the backward pass is given the output: behind none, or behind a leaky ReLU.
+constexpr int OUTPUT = -2, LEAKY_OUTPUT = -3;
+
+// From an output y: what the activation was given, and what passes it of a gradient g.
+template <int KIND, class A, class V> inline __attribute__((always_inline)) V undone(const V &y) {
+    if constexpr (KIND == LEAKY_OUTPUT) return y + (at_least(y, Vec<A>{}) - y) * splat<A>(A(1 - 1 / LEAK));
+    return y;
+}
+template <int KIND, class A, class V> inline __attribute__((always_inline)) V passed(const V &y, const V &g) {
+    if constexpr (KIND == LEAKY_OUTPUT) return where_positive(y, g) * splat<A>(A(1 - LEAK)) + g * splat<A>(A(LEAK));
+    return g;
+}
+
 // activation(z), of the kind NkActivation.
 template <int32_t KIND, class A> inline Vec<A> activate(Vec<A> z) {
     if constexpr (KIND == NK_RELU) return select<A>(z < 0, Vec<A>{}, z);
+    if constexpr (KIND == NK_LEAKY_RELU) return select<A>(z < 0, z * A(LEAK), z);
     if constexpr (KIND == NK_SILU) return z * curve::logistic<A>(z).value;
     if constexpr (KIND == NK_GELU) return z * curve::normal(z).below;
     if constexpr (KIND == NK_GELU_TANH) return z * curve::logistic<A>(curve::cubic<A>(curve::held<A>(z))).value;
@@ -101,6 +117,7 @@ template <int32_t KIND, class A> inline Vec<A> activate(Vec<A> z) {
 // Its derivative. Of ReLU at 0: 0.
 template <int32_t KIND, class A> inline Vec<A> slope(Vec<A> z) {
     if constexpr (KIND == NK_RELU) return select<A>(z <= 0, Vec<A>{}, splat<A>(1));
+    if constexpr (KIND == NK_LEAKY_RELU) return select<A>(z <= 0, splat<A>(A(LEAK)), splat<A>(1));
     if constexpr (KIND == NK_SILU) {
         auto gate = curve::logistic<A>(z);
         return gate.value * (A(1) + z * gate.rest);
@@ -121,6 +138,7 @@ template <int32_t KIND, class A> inline Vec<A> slope(Vec<A> z) {
 template <class F> inline void with_activation(int32_t kind, F &&f) {
     switch (kind) {
         case NK_RELU: return f(std::integral_constant<int32_t, NK_RELU>{});
+        case NK_LEAKY_RELU: return f(std::integral_constant<int32_t, NK_LEAKY_RELU>{});
         case NK_SILU: return f(std::integral_constant<int32_t, NK_SILU>{});
         case NK_GELU: return f(std::integral_constant<int32_t, NK_GELU>{});
         case NK_GELU_TANH: return f(std::integral_constant<int32_t, NK_GELU_TANH>{});

@@ -1,7 +1,9 @@
 // nk_forward and nk_backward: pointers are checked and types told apart, and weights come to the kernels in the accumulation type.
+#include "activation.h"
 #include "kernels.h"
 #include "plan.h"
 #include "room.h"
+#include "row.h"
 #include "statistic.h"
 #include "typed.h"
 
@@ -65,7 +67,8 @@ NkStatus backward(const NkPlan &plan, const void *dy, const void *dsum, const vo
     Room<A> weight_room, bias_room, dweight_room, dbias_room;
     Backward<T> call{static_cast<const T *>(dy),     static_cast<const T *>(dsum),          static_cast<const T *>(x), nullptr, nullptr,
                      static_cast<const A *>(center), static_cast<const A *>(inverse),       static_cast<T *>(dx),
-                     sums_of(dweight_room, plan, dweight), sums_of(dbias_room, plan, dbias)};
+                     sums_of(dweight_room, plan, dweight), sums_of(dbias_room, plan, dbias), plan.activation};
+    if (plan.parts & NK_OUTPUT) call.kind = plan.activation == NK_LEAKY_RELU ? LEAKY_OUTPUT : OUTPUT;
     NkStatus status = widen_into(weight_room, plan, weight, plan.offset, call.weight);
     if (status == NK_OK) status = widen_into(bias_room, plan, bias, 0, call.bias);
     if (status != NK_OK) return status;
@@ -78,6 +81,44 @@ NkStatus backward(const NkPlan &plan, const void *dy, const void *dsum, const vo
     }
     status = narrow_into(dweight, plan, call.dweight);
     return status == NK_OK ? narrow_into(dbias, plan, call.dbias) : status;
+}
+
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
+
+// Rows of y as whole numbers from -127 to 127 and a scale each; of a row with a NaN or infinity the scale says so. A few rows of y at a time.
+template <class T> NkStatus quantize(const NkPlan &plan, const void *x, const void *weight, const void *bias, int8_t *q, float *scale) {
+    using A = accumulator<T>;
+    Room<A> weight_room, bias_room;
+    Forward<T> call{};
+    NkStatus status = widen_into(weight_room, plan, weight, plan.offset, call.weight);
+    if (status == NK_OK) status = widen_into(bias_room, plan, bias, 0, call.bias);
+    const int64_t d = set_size(plan), together = std::max<int64_t>(1, 4096 / d);
+    for_each(status == NK_OK ? (plan.outer + together - 1) / together : 0, [&](int64_t task) {
+        int64_t first = task * together;
+        NkPlan part = plan;
+        part.outer = std::min(together, plan.outer - first), part.stream = 0;
+        Room<T, 4096> room;
+        T *y = room.take(part.outer * d);
+        run_forward<T>(part, {static_cast<const T *>(x) + first * d, nullptr, call.weight, call.bias, y, nullptr, nullptr, nullptr, nullptr});
+        for (int64_t row = first; row < first + part.outer; ++row, y += d) {
+            Vec<A> largest{}, odd{};
+            over(d, [&](auto at) {
+                Vec<A> v = at(y), size = v < 0 ? -v : v;
+                largest = size > largest ? size : largest, odd += 0 * v;  // which a NaN or infinity makes a NaN
+            });
+            float most = float(sum_lanes<A>(odd));
+            for (int lane = 0; lane < LANES; ++lane) most = std::max(most, float(largest[lane]));
+            const float inverse = most > 0 ? 127 / most : 0;
+            scale[row] = most / 127;
+            over(d, [&](auto at) {
+                // 1.5 * 2^23 rounds to an integer in the low bits.
+                lanes::F32 shifted = __builtin_convertvector(at(y), lanes::F32) * inverse + 12582912.0f;
+                auto bytes = __builtin_convertvector(reinterpret_cast<lanes::I32>(shifted), Bytes);
+                std::memcpy(q + row * d + at.i, &bytes, std::size_t(std::min<int64_t>(LANES, d - at.i)));
+            });
+        }
+    });
+    return status;
 }
 
 }  // namespace
@@ -118,6 +159,19 @@ NK_EXPORT int32_t nk_backward(const NkPlan *plan, const void *dy, const void *ds
         if (elements(*plan) > 0 && center == nullptr && plan->centred && !plan->given) return NK_NULL;
         return by_type(plan->type, [&](auto t) {
             return backward<decltype(t)>(*plan, dy, dsum, x, weight, bias, center, inverse, dx, dweight, dbias);
+        });
+    });
+}
+
+NK_EXPORT int32_t nk_quantize(const NkPlan *plan, const void *x, const void *weight, const void *bias, void *q, void *scale) {
+    using namespace nk;
+    return guarded([&]() -> NkStatus {
+        if (!agree(*plan, weight, bias)) return NK_NULL;
+        if (elements(*plan) == 0) return NK_OK;
+        // Rows alone, whose parameters are the same for all.
+        if (any_null(x, q, scale) || plan->given || plan->far * plan->kept != 1 || plan->outer_step != 0) return NK_NULL;
+        return by_type(plan->type, [&](auto t) {
+            return quantize<decltype(t)>(*plan, x, weight, bias, static_cast<int8_t *>(q), static_cast<float *>(scale));
         });
     });
 }

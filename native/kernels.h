@@ -24,13 +24,14 @@ template <class T> struct Backward {
     using A = accumulator<T>;
     const T *dy;
     const T *dsum;       // what reaches x + residual from elsewhere, is added to dx; or null
-    const T *x;          // what was normalized: the sum, where there was a residual
+    const T *x;          // what was normalized: the sum, where there was a residual; or y, where kind is of an output
     const A *weight;     // gain, or null
     const A *bias;       // or null; read only for the derivative of the activation
     const A *center;     // or null, where the rule does not centre
     const A *inverse;
     T *dx;               // or null
     A *dweight, *dbias;  // of plan.parameters elements, overwritten; or null
+    int32_t kind = 0;    // the activation; or OUTPUT or LEAKY_OUTPUT
 };
 
 // row and block: each set is far pieces of mid * inner elements next to one another.

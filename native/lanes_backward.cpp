@@ -169,6 +169,7 @@ private:
             line.gain[l] = by_lane() && weight ? line.inverse[l] * line.weight[l * parameters.lane_step] : line.inverse[l];
             line.shift[l] = by_lane() && bias ? line.bias[l * parameters.lane_step] : A(0);
         }
+        for (int64_t l = 0; call.kind <= OUTPUT && l < tile.width; ++l) line.center[l] = 1 / (by_lane() ? line.gain[l] : line.inverse[l]);
         if (!by_lane() && !weight) std::fill(line.gain, line.gain + ROOM, A(1));
         if (!by_lane() && !bias) std::fill(line.shift, line.shift + ROOM, A(0));
         return true;
@@ -177,8 +178,8 @@ private:
     // Sums over the span's rows, for each lane; and the rows' own, from the span's first row and the tile's first lane on.
     void collect_rows(int64_t o, Span span, Tile tile, const BackwardLine<A> &line, double *sums, double *products, double *own, bool fresh) const {
         if (wanted) own += parameters.variation == PER_ROW ? span.first : parameters.variation == PER_ELEMENT ? span.first * sheet.lanes + tile.first : 0;
-        with_constants(parameters.variation, plan.activation, [&](auto variation, auto kind) {
-            constexpr int VARIATION = decltype(variation)::value, KIND = decltype(kind)::value;
+        with_constants<true>(parameters.variation, call.kind, [&](auto variation, auto constant) {
+            constexpr int VARIATION = decltype(variation)::value, KIND = decltype(constant)::value;
             constexpr int MANY = KIND == CURVED || VARIATION == PER_ELEMENT ? 1 : 4;
             alignas(64) A some_sums[ROOM], some_products[ROOM], own_sums[ROOM], own_products[ROOM];
             auto rows_at = [&](auto count, int64_t row, int64_t width) {
@@ -228,8 +229,8 @@ private:
     }
 
     void spread_rows(int64_t o, Span span, Tile tile, const BackwardLine<A> &line) const {
-        with_constants(parameters.variation, plan.activation, [&](auto variation, auto kind) {
-            constexpr int VARIATION = decltype(variation)::value, KIND = decltype(kind)::value;
+        with_constants<true>(parameters.variation, call.kind, [&](auto variation, auto constant) {
+            constexpr int VARIATION = decltype(variation)::value, KIND = decltype(constant)::value;
             constexpr int MANY = KIND == CURVED ? 1 : 2;
             auto rows_at = [&](auto count, int64_t row, int64_t width) {
                 constexpr int ROWS = decltype(count)::value;

@@ -7,7 +7,7 @@ namespace nk {
 
 template <class A> struct BackwardLine {
     int64_t sheet = -1, tile = -1;  // whose it is
-    alignas(64) A center[ROOM], inverse[ROOM];
+    alignas(64) A center[ROOM], inverse[ROOM];  // of an output, center holds what d is after its bias and weight are undone, over z
     // PER_LANE: dx = g * gain + d * along + offset, of z = d * gain + shift.
     alignas(64) A gain[ROOM], shift[ROOM], along[ROOM], offset[ROOM];
     // Of the first row, or null; else dx = g * weight * inverse + d * along + offset, of z = d * inverse * weight + bias.
@@ -47,7 +47,14 @@ template <int VARIATION, int KIND, int ROWS, class T> struct Rows {
         __builtin_prefetch(x + 3 * pitch + at.i);
         __builtin_prefetch(dy + 3 * pitch + at.i);
     }
-    template <class At> Vec<A> apart(At at, int r) const { return at(x + r * pitch) - at(line.center); }
+    template <class At> Vec<A> apart(At at, int r) const {
+        Vec<A> found = at(x + r * pitch);
+        if constexpr (KIND > OUTPUT) return found - at(line.center);
+        found = undone<KIND, A>(found);
+        if constexpr (VARIATION == PER_LANE) return (found - at(line.shift)) * at(line.center);
+        if constexpr (VARIATION == PER_ROW) return (found - bias[r]) * (1 / weight[r]) * at(line.center);
+        return (found - at(biases[r])) / gain(at, r) * at(line.center);
+    }
     template <class At> Vec<A> gain(At at, int r) const {
         if constexpr (VARIATION == PER_ROW) return splat<A>(weight[r]);
         else return at(weights[r]);
@@ -62,6 +69,7 @@ template <int VARIATION, int KIND, int ROWS, class T> struct Rows {
         Vec<A> found = at(dy + r * pitch);
         if constexpr (KIND == NK_RELU) return select<A>(z(at, r, apart) <= 0, Vec<A>{}, found);
         if constexpr (KIND == CURVED) return found * nk::load(slopes[r] + at.i);
+        if constexpr (KIND <= OUTPUT) return passed<KIND, A>(at(x + r * pitch), found);
         return found;
     }
 };

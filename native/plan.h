@@ -36,12 +36,13 @@ enum [[nodiscard]] NkStatus : int32_t {
     NK_THREADS_FAILED = 4,  // torch's threads stopped half-way
 };
 // Which optional inputs the caller passes. A tensor without memory has a null pointer too: the flag tells it from an absent one.
-enum NkParts : int32_t { NK_WEIGHT = 1, NK_BIAS = 2, NK_GAIN = 1 };
+// NK_OUTPUT: the backward pass is given the output y in the place of x, of an activation that can be undone.
+enum NkParts : int32_t { NK_WEIGHT = 1, NK_BIAS = 2, NK_OUTPUT = 4, NK_GAIN = 1 };
 
 enum NkType : int32_t { NK_FLOAT32 = 0, NK_FLOAT64 = 1, NK_BFLOAT16 = 2, NK_FLOAT16 = 3 };
 enum NkScale : int32_t { NK_UNSCALED = 0, NK_MEAN_SQUARE = 1, NK_SUM_SQUARE = 2 };
 enum NkGuard : int32_t { NK_INSIDE = 0, NK_OUTSIDE = 1, NK_FLOOR = 2 };
-enum NkActivation : int32_t { NK_LINEAR = 0, NK_RELU = 1, NK_SILU = 2, NK_GELU = 3, NK_GELU_TANH = 4 };
+enum NkActivation : int32_t { NK_LINEAR = 0, NK_RELU = 1, NK_SILU = 2, NK_GELU = 3, NK_GELU_TANH = 4, NK_LEAKY_RELU = 5 };
 
 struct NkPlan {
     int64_t outer, far, kept, mid, inner;
@@ -54,5 +55,5 @@ struct NkPlan {
     int32_t activation;
     int32_t given;  // 1: centre and inverse are given, not computed
     int32_t stream;  // 1: the output is far beyond the cache, write it past the cache
-    int32_t parts;   // NK_WEIGHT | NK_BIAS
+    int32_t parts;   // NK_WEIGHT | NK_BIAS | NK_OUTPUT
 };

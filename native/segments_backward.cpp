@@ -6,45 +6,44 @@
 namespace nk {
 namespace {
 
-// One gain and bias for the whole run: those of a ReLU that follows.
+// One gain and bias for the whole run: those of a ReLU that follows, or of the output.
 template <class A> struct Gate {
     A scale, bias;
 };
 
-template <bool RELU, class V, class A> NK_INLINE V gated(const V &g, const V &apart, Gate<A> gate) {
-    if constexpr (RELU) return where_positive(apart * splat<A>(gate.scale) + splat<A>(gate.bias), g);
-    else return g;
+// The gradient behind the activation, and x - center.
+template <int KIND, class V, class A> NK_INLINE std::pair<V, V> behind(const V &g, const V &x, Vec<A> center, Gate<A> gate) {
+    if constexpr (KIND <= OUTPUT) return {passed<KIND, A>(x, g), (undone<KIND, A>(x) - splat<A>(gate.bias)) * splat<A>(1 / gate.scale)};
+    V apart = x - center;
+    if constexpr (KIND == NK_RELU) return {where_positive(apart * splat<A>(gate.scale) + splat<A>(gate.bias), g), apart};
+    return {g, apart};
 }
 
-template <bool RELU, class G, class T, class A = accumulator<T>>
+template <int KIND, class G, class T, class A = accumulator<T>>
 NK_INLINE void add_constant(PairSums<A> &sums, const G *g, const T *x, int64_t n, A center, Gate<A> gate) {
     Vec<A> c = splat<A>(center);
-    add_run<T>(sums, n, [&](auto &&at) {
-        auto apart = at(x) - c;
-        return std::pair(gated<RELU>(at(g), apart, gate), apart);
-    });
+    add_run<T>(sums, n, [&](auto &&at) { return behind<KIND>(at(g), at(x), c, gate); });
 }
 
 // The sums of a stretch, in blocks.
-template <bool RELU, class G, class T, class A = accumulator<T>>
+template <int KIND, class G, class T, class A = accumulator<T>>
 NK_INLINE Pair<double> sum_constant(const G *g, const T *x, int64_t n, A center, Gate<A> gate) {
     Pair<double> total{0, 0};
     for (int64_t i = 0; i < n; i += BLOCK) {
         PairSums<A> sums;
-        add_constant<RELU>(sums, g + i, x + i, std::min(BLOCK, n - i), center, gate);
+        add_constant<KIND>(sums, g + i, x + i, std::min(BLOCK, n - i), center, gate);
         total += sums.total();
     }
     return total;
 }
 
 // dx of a run of one gain, which is in pull.inverse.
-template <bool RELU, bool PULLED, class G, class T, class A = accumulator<T>>
+template <int KIND, bool PULLED, class G, class T, class A = accumulator<T>>
 void pull_constant(const G *g, const T *x, const T *dsum, T *dx, int64_t n, Pull<A> pull, Gate<A> gate, int64_t ahead, bool streamed) {
     Vec<A> c = splat<A>(pull.center), inverse = splat<A>(pull.inverse), along = splat<A>(pull.along), shift = splat<A>(pull.shift);
     auto value = [&](auto &&at) {
-        auto v = at(g), apart = v;
-        if constexpr (RELU || PULLED) apart = at(x) - c;
-        v = gated<RELU>(v, apart, gate) * inverse;
+        auto [v, apart] = behind<KIND>(at(g), at(x), c, gate);
+        v = v * inverse;
         if constexpr (PULLED) v = v + (apart * along + shift);
         if (dsum) v = v + at(dsum);
         return v;
@@ -52,7 +51,7 @@ void pull_constant(const G *g, const T *x, const T *dsum, T *dx, int64_t n, Pull
     auto ask = [&](int64_t i) NK_ASK {
         if (!ahead) return;
         fetch<4 * LANES>(g + i + ahead);
-        if constexpr (RELU || PULLED) fetch<4 * LANES>(x + i + ahead);
+        if constexpr (KIND != NK_LINEAR || PULLED) fetch<4 * LANES>(x + i + ahead);
     };
     streamed ? fill_far<T>(dx, n, value, ask) : fill<T>(dx, n, value, ask);
 }
@@ -60,8 +59,8 @@ void pull_constant(const G *g, const T *x, const T *dsum, T *dx, int64_t n, Pull
 template <class T> class ConstantGain : SegmentsBackward<T> {
     using Base = SegmentsBackward<T>;
     using typename Base::A, typename Base::Prepared;
-    using Base::call, Base::center, Base::curved, Base::gradients, Base::inverse, Base::parameters, Base::plan, Base::pull_of, Base::pulled,
-        Base::runs, Base::streamed;
+    using Base::call, Base::center, Base::curved, Base::gradients, Base::inverse, Base::of_output, Base::parameters, Base::plan, Base::pull_of,
+        Base::pulled, Base::runs, Base::saved, Base::streamed;
 
   public:
     ConstantGain(const NkPlan &plan, const Backward<T> &call) : Base(plan, call) {}
@@ -123,11 +122,12 @@ template <class T> class ConstantGain : SegmentsBackward<T> {
         bool relu = plan.activation == NK_RELU;
         auto total = [&](const Stretch &s) {
             Gate<A> here = gate(scale, s.parameter);
-            if (!curved && relu) return sum_constant<true>(call.dy + s.x, call.x + s.x, s.n, c, here);
-            if (!curved) return sum_constant<false>(call.dy + s.x, call.x + s.x, s.n, c, here);
+            if (saved) return of_output([&](auto KIND) { return sum_constant<KIND.value>(call.dy + s.x, call.x + s.x, s.n, c, here); });
+            if (!curved && relu) return sum_constant<NK_RELU>(call.dy + s.x, call.x + s.x, s.n, c, here);
+            if (!curved) return sum_constant<NK_LINEAR>(call.dy + s.x, call.x + s.x, s.n, c, here);
             Pair<double> sums{0, 0};
             gradients(s, set, prepared, [&](auto *g, int64_t offset, int64_t n) {
-                sums += sum_constant<false>(g, call.x + s.x + offset, n, c, here);
+                sums += sum_constant<NK_LINEAR>(g, call.x + s.x + offset, n, c, here);
             });
             return sums;
         };
@@ -138,7 +138,8 @@ template <class T> class ConstantGain : SegmentsBackward<T> {
         for (int64_t from = begin; from < end; from += BLOCK) {
             PairSums<A> sums;
             walk(runs, at, from, std::min(from + BLOCK, end), [&](const Stretch &s) {
-                add_constant<false>(sums, call.dy + s.x, call.x + s.x, s.n, c, Gate<A>{});
+                if (saved) of_output([&](auto KIND) { add_constant<KIND.value>(sums, call.dy + s.x, call.x + s.x, s.n, c, gate(scale, s.parameter)); });
+                else add_constant<NK_LINEAR>(sums, call.dy + s.x, call.x + s.x, s.n, c, Gate<A>{});
             });
             part[0] += sums.total();
         }
@@ -179,13 +180,16 @@ template <class T> class ConstantGain : SegmentsBackward<T> {
             gradients(s, set, prepared, [&](auto *g, int64_t offset, int64_t n) {
                 int64_t p = s.x + offset;
                 const T *dsum = along(call.dsum, p);
-                auto go = [&](auto RELU, auto PULLED) {
-                    pull_constant<RELU.value, PULLED.value>(g, call.x + p, dsum, call.dx + p, n, mine, here, ahead, streamed);
+                auto go = [&](auto KIND, auto PULLED) {
+                    pull_constant<KIND.value, PULLED.value>(g, call.x + p, dsum, call.dx + p, n, mine, here, ahead, streamed);
                 };
                 // Behind an activation that was prepared for, there is none left.
                 constexpr bool raw = std::is_same_v<decltype(g), const T *>;
                 with_flag(pulled, [&](auto PULLED) {
-                    raw && relu ? go(std::bool_constant<raw>{}, PULLED) : go(std::false_type{}, PULLED);
+                    if constexpr (raw)
+                        if (this->saved) return this->of_output([&](auto KIND) { go(KIND, PULLED); });
+                    raw && relu ? go(std::integral_constant<int, raw ? NK_RELU : NK_LINEAR>{}, PULLED)
+                                : go(std::integral_constant<int, NK_LINEAR>{}, PULLED);
                 });
             });
         });

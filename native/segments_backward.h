@@ -29,6 +29,7 @@ template <class T> class SegmentsBackward {
     std::vector<A> own_weight, own_bias;
     const Runs runs;
     const bool pulled;  // whether the statistic has a gradient
+    const bool saved;  // whether x is computed again from the output
     const bool curved;  // whether gradients have to be prepared: they pass an activation first
     const bool parameters;
     const bool streamed;
@@ -38,7 +39,8 @@ template <class T> class SegmentsBackward {
           call(call),
           runs(runs_of(plan, call.weight || call.bias || call.dweight || call.dbias)),
           pulled(!plan.given && (plan.centred || plan.scale != NK_UNSCALED)),
-          curved(plan.activation > (runs.vector ? NK_LINEAR : NK_RELU)),
+          saved(call.kind <= OUTPUT),
+          curved(!saved && plan.activation > (runs.vector ? NK_LINEAR : NK_RELU)),
           parameters(call.dweight || call.dbias),
           streamed(streams()) {
         this->call.weight = calm<T>(call.weight, plan.parameters, own_weight);
@@ -51,8 +53,14 @@ template <class T> class SegmentsBackward {
         return runs.vector ? bytes % LINE == 0 && until_line(call.dx) == 0 : bytes >= 8 * LINE && !curved;
     }
 
-    A center(int64_t set) const { return call.center ? calm(call.center[set]) : A(0); }
+    // Of an output whose bias and gain are undone, what x - center is a multiple of it.
+    A center(int64_t set) const { return saved ? 1 / inverse(set) : call.center ? calm(call.center[set]) : A(0); }
     A inverse(int64_t set) const { return call.inverse ? calm(call.inverse[set]) : A(1); }
+
+    // f(kind) of the output.
+    template <class F> auto of_output(F &&f) const {
+        return call.kind == OUTPUT ? f(std::integral_constant<int, OUTPUT>{}) : f(std::integral_constant<int, LEAKY_OUTPUT>{});
+    }
 
     // From the sums over a set of g * gain, and of that times x - center.
     Pull<A> pull_of(int64_t set, Pair<double> sums) const {

@@ -5,10 +5,23 @@
 namespace nk {
 namespace {
 
-template <class G, class T, class A = accumulator<T>>
-NK_INLINE void add_varying(PairSums<A> &sums, const G *g, const T *x, const A *gain, int64_t n, A center) {
+// What makes x - center of an output: its activation, bias and gain are undone, and what is left gets the scale of x.
+template <class A> struct Output {
+    const A *bias, *ungain;
+
+    template <int KIND, class V, class At> NK_INLINE V apart(const V &y, At &&at, Vec<A> scale) const {
+        return (undone<KIND, A>(y) - at(bias)) * (at(ungain) * scale);
+    }
+};
+
+template <int KIND, class G, class T, class A = accumulator<T>>
+NK_INLINE void add_varying(PairSums<A> &sums, const G *g, const T *x, const A *gain, int64_t n, A center, Output<A> output) {
     Vec<A> c = splat<A>(center);
-    add_run<T>(sums, n, [&](auto &&at) { return std::pair(at(g) * at(gain), at(x) - c); });
+    add_run<T>(sums, n, [&](auto &&at) {
+        auto y = at(x);
+        if constexpr (KIND <= OUTPUT) return std::pair(passed<KIND, A>(y, at(g)) * at(gain), output.template apart<KIND>(y, at, c));
+        else return std::pair(at(g) * at(gain), y - c);
+    });
 }
 
 // A set whose parameters vary along its runs, beside another that shares them: where it is from the first of both.
@@ -25,11 +38,12 @@ template <class G, class T, class A = accumulator<T>> struct Varying {
     A *dgain, *dbias;
     int64_t ahead;
     bool streamed;
+    Output<A> output;
 };
 
 // dx of a run in one set or in two, and what they add to the gradients of gain and bias, which are read and written once for both. Two go
 // faster in the cache; beyond it, one with the next ones fetched does. Gain and gradients are arranged as T wants them.
-template <int ROWS, int PARAMETERS, bool DX, bool PULLED, class G, class T, class A = accumulator<T>>
+template <int ROWS, int PARAMETERS, bool DX, bool PULLED, int KIND, class G, class T, class A = accumulator<T>>
 void pull_varying(Varying<G, T> to, const Row<A> *sets, int64_t n) {
     Row<A> rows[ROWS];
     std::copy_n(sets, ROWS, rows);
@@ -38,8 +52,14 @@ void pull_varying(Varying<G, T> to, const Row<A> *sets, int64_t n) {
     };
     auto pulled = [&](const Row<A> &row, Vec<A> gain, auto &&at) {
         Element e{at(to.g + row.x), {}, {}};
-        Vec<A> scaled = e.g * splat<A>(row.pull.inverse), apart{};
-        if constexpr (PULLED || PARAMETERS > 0) apart = at(to.x + row.x) - splat<A>(row.pull.center);
+        Vec<A> apart{}, center = splat<A>(row.pull.center);
+        if constexpr (KIND <= OUTPUT) {
+            Vec<A> y = at(to.x + row.x);
+            e.g = passed<KIND, A>(y, e.g), apart = to.output.template apart<KIND>(y, at, center);
+        } else if constexpr (PULLED || PARAMETERS > 0) {
+            apart = at(to.x + row.x) - center;
+        }
+        Vec<A> scaled = e.g * splat<A>(row.pull.inverse);
         if constexpr (PARAMETERS > 0) e.dgain = scaled * apart;
         if constexpr (DX) {
             e.dx = scaled * gain;
@@ -90,12 +110,19 @@ template <class T> class VaryingGain : SegmentsBackward<T> {
     using Base = SegmentsBackward<T>;
     using typename Base::A, typename Base::Prepared;
     using Base::call, Base::center, Base::curved, Base::gradients, Base::parameters, Base::plan, Base::pull_of, Base::pulled, Base::runs,
-        Base::streamed;
-    std::vector<A> ones;  // a gain, where there is a bias alone
+        Base::saved, Base::streamed;
+    std::vector<A> ones;             // a gain, where there is a bias alone
+    std::vector<A> biases, ungains;  // of an output
 
   public:
     VaryingGain(const NkPlan &plan, const Backward<T> &call) : Base(plan, call) {
         if (!call.weight) ones.assign(std::size_t(runs.length), A(1));
+        if (!saved) return;
+        biases.assign(std::size_t(plan.parameters), A(0)), ungains.assign(std::size_t(plan.parameters), A(1));
+        for (int64_t p = 0; p < plan.parameters; ++p) {
+            if (call.bias) biases[p] = this->call.bias[p];
+            if (call.weight) ungains[p] = 1 / this->call.weight[p];
+        }
     }
 
     // The sets that share their parameters: those of one outer place, and of one k where that tells them apart.
@@ -187,6 +214,7 @@ template <class T> class VaryingGain : SegmentsBackward<T> {
         if (parameters) gather_varying(g, print, parts, batches, slots * width, width);
     }
 
+    Output<A> output(const Stretch &s) const { return {biases.data() + s.parameter, ungains.data() + s.parameter}; }
     const A *gain(const Stretch &s) const { return call.weight ? call.weight + s.parameter : ones.data() + s.inside; }
 
     Pair<double> sum_varying(int64_t set, int64_t begin, int64_t end, Prepared &prepared) const {
@@ -200,7 +228,13 @@ template <class T> class VaryingGain : SegmentsBackward<T> {
                 PairSums<A> sums;
                 walk(runs, at, from, std::min(from + BLOCK, last), [&](const Stretch &s) {
                     gradients(s, set, prepared, [&](auto *g, int64_t offset, int64_t n) {
-                        add_varying(sums, g, call.x + s.x + offset, gain(s) + offset, n, c);
+                        const T *x = call.x + s.x + offset;
+                        if constexpr (std::is_same_v<decltype(g), const T *>)
+                            if (this->saved)
+                                return this->of_output([&](auto KIND) {
+                                    add_varying<KIND.value>(sums, g, x, gain(s) + offset, n, c, output(s));
+                                });
+                        add_varying<NK_LINEAR>(sums, g, x, gain(s) + offset, n, c, Output<A>{});
                     });
                 });
                 part += sums.total();
@@ -249,17 +283,23 @@ template <class T> class VaryingGain : SegmentsBackward<T> {
                                  along(at.dgain, offset),
                                  along(at.dbias, offset),
                                  ahead,
-                                 streamed};
+                                 streamed,
+                                 saved ? output(s) : Output<A>{}};
                 auto with_parameters = [&](auto DX, auto PULLED) {
-                    constexpr bool dx = DX.value, pull = PULLED.value;
-                    auto with_rows = [&](auto PARAMETERS) {
-                        if constexpr (pull && std::is_same_v<G, T>)
-                            if (sets.count == 2) return pull_varying<2, PARAMETERS.value, dx, pull>(to, sets.rows, n);
-                        pull_varying<1, PARAMETERS.value, dx, pull>(to, sets.rows, n);
+                    constexpr bool dx = DX.value, pull = PULLED.value, raw = std::is_same_v<G, T>;
+                    auto with_rows = [&](auto PARAMETERS, auto KIND) {
+                        if constexpr (pull && raw)
+                            if (sets.count == 2) return pull_varying<2, PARAMETERS.value, dx, pull, KIND.value>(to, sets.rows, n);
+                        pull_varying<1, PARAMETERS.value, dx, pull, KIND.value>(to, sets.rows, n);
                     };
-                    if (call.dbias) with_rows(std::integral_constant<int, 2>{});
-                    else if (call.dweight) with_rows(std::integral_constant<int, 1>{});
-                    else if constexpr (dx) pull_varying<1, 0, dx, pull>(to, sets.rows, n);
+                    auto go = [&](auto KIND) {
+                        if (call.dbias) with_rows(std::integral_constant<int, 2>{}, KIND);
+                        else if (call.dweight) with_rows(std::integral_constant<int, 1>{}, KIND);
+                        else if constexpr (dx) with_rows(std::integral_constant<int, 0>{}, KIND);
+                    };
+                    if constexpr (raw)
+                        if (this->saved) return this->of_output(go);
+                    go(std::integral_constant<int, NK_LINEAR>{});
                 };
                 if (!call.dx) return with_parameters(std::false_type{}, std::false_type{});
                 with_flag(pulled, [&](auto PULLED) { with_parameters(std::true_type{}, PULLED); });

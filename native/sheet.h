@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "activation.h"
 #include "row.h"
 #include "statistic.h"
 #include "threads.h"
@@ -163,13 +164,17 @@ constexpr int CURVED = -1;  // an activation that is applied to a run of numbers
 // How gain and bias vary: along rows, they are a number a row; along both, a number for each element.
 enum Variation { PER_LANE, PER_ROW, PER_ELEMENT };
 
-// f(VARIATION, KIND) as compile-time constants; KIND is NK_LINEAR, NK_RELU or CURVED.
-template <class F> void with_constants(Variation variation, int32_t activation, F &&f) {
+// f(VARIATION, KIND) as compile-time constants; KIND is NK_LINEAR, NK_RELU, CURVED or, backward, one of an output.
+template <bool BACKWARD = false, class F> void with_constants(Variation variation, int32_t activation, F &&f) {
     auto with_variation = [&](auto kind) {
         if (variation == PER_LANE) f(std::integral_constant<int, PER_LANE>{}, kind);
         else if (variation == PER_ROW) f(std::integral_constant<int, PER_ROW>{}, kind);
         else f(std::integral_constant<int, PER_ELEMENT>{}, kind);
     };
+    if constexpr (BACKWARD) {
+        if (activation == OUTPUT) return with_variation(std::integral_constant<int, OUTPUT>{});
+        if (activation == LEAKY_OUTPUT) return with_variation(std::integral_constant<int, LEAKY_OUTPUT>{});
+    }
     if (activation == NK_LINEAR) with_variation(std::integral_constant<int, NK_LINEAR>{});
     else if (activation == NK_RELU) with_variation(std::integral_constant<int, NK_RELU>{});
     else with_variation(std::integral_constant<int, CURVED>{});

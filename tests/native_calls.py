@@ -4,6 +4,7 @@ import ctypes
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from normkit.engine.abi import TYPES
 from normkit.engine.library import library
 from normkit.engine.prepared import NkPlan
 
-ACTIVATIONS: list[Callable] = [lambda y: y, torch.relu, F.silu, F.gelu, lambda y: F.gelu(y, approximate="tanh")]
+_gelu_tanh = partial(F.gelu, approximate="tanh")
+ACTIVATIONS: list[Callable] = [lambda y: y, torch.relu, F.silu, F.gelu, _gelu_tanh, F.leaky_relu]
 
 
 # Relative to the largest element of what is compared: a few roundings of the type that it is kept in.

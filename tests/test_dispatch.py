@@ -74,13 +74,14 @@ def test_a_wholly_masked_sample_leaves_the_others_their_say() -> None:
     assert_close((norm.running_mean, norm.running_var), (x[1:].mean((0, 2)), x[1:].var(2).mean(0)))
 
 
-@pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("backend", ["reference", "closed", "auto", *(["native"] if library() else [])])
 def test_an_activation_follows_in_the_same_pass(activation: Any, backend: Any) -> None:
     if backend == "native" and library() is None:
         pytest.skip("the kernels are not built")
     x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
-    after = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda y: F.gelu(y, approximate="tanh")}
+    after = {"relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu, "gelu": F.gelu}
+    after["gelu_tanh"] = lambda y: F.gelu(y, approximate="tanh")
     makers = (nk.BatchNorm(4), nk.GroupNorm(2, 4), nk.InstanceNorm(4, affine=True), nk.LayerNorm(5), nk.RMSNorm(5))
     for norm in makers:
         norm.double().backend = backend

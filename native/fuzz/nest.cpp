@@ -70,7 +70,7 @@ NkPlan random_plan(Random &random) {
     plan.eps = random.pick({1e-5, 1e-3, 0.1});
     plan.correction = plan.centred && plan.scale != NK_UNSCALED && set_size(plan) > 1 ? int32_t(random.below(2)) : 0;
     plan.offset = random.chance(0.3) ? 1 : 0;
-    plan.activation = random.chance(0.4) ? int32_t(random.below(5)) : NK_LINEAR;
+    plan.activation = random.chance(0.4) ? int32_t(random.below(6)) : NK_LINEAR;
     plan.given = random.chance(0.15);
     plan.stream = random.chance(0.2);
     return plan;
@@ -82,6 +82,7 @@ double activate(int32_t kind, double z) {
         case NK_SILU: return z / (1 + std::exp(-z));
         case NK_GELU: return 0.5 * z * std::erfc(-z * M_SQRT1_2);
         case NK_GELU_TANH: return 0.5 * z * (1 + std::tanh(std::sqrt(2 / M_PI) * (z + 0.044715 * z * z * z)));
+        case NK_LEAKY_RELU: return z < 0 ? 0.01 * z : z;
         default: return z;
     }
 }
@@ -98,6 +99,7 @@ double slope(int32_t kind, double z) {
             double c = std::sqrt(2 / M_PI), t = std::tanh(c * (z + 0.044715 * z * z * z));
             return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * c * (1 + 3 * 0.044715 * z * z);
         }
+        case NK_LEAKY_RELU: return z > 0 ? 1 : 0.01;
         default: return 1;
     }
 }
@@ -135,7 +137,7 @@ std::string show(const NkPlan &plan) {
 struct Case {
     NkPlan plan;
     int64_t n, sets;
-    Buffer x, residual, weight, bias;
+    Buffer x, residual, weight, bias, y;
     Buffer center, inverse, variance;
     double loose;
     bool poisoned;  // one input is NaN
@@ -144,10 +146,27 @@ struct Case {
     double shift(int64_t p) const { return bias ? bias[p] : 0; }
 };
 
+// Rows as whole numbers, against y.
+void check_quantized(Random &random, Case &c) {
+    const NkPlan &plan = c.plan;
+    int64_t d = set_size(plan);
+    std::vector<int8_t> q(c.n);
+    Buffer scale(NK_FLOAT32, c.sets);
+    auto quantize = function<int32_t(const NkPlan *, const void *, const void *, const void *, void *, void *)>("nk_quantize");
+    on_any_threads(random, [&] { return quantize(&plan, c.x.data(), c.weight.data(), c.bias.data(), q.data(), scale.data()); }, {&scale});
+    for (int64_t s = 0; s < c.sets; ++s) {
+        double most = 0;
+        for (int64_t i = 0; i < d; ++i) most = std::isfinite(c.y[s * d + i]) ? std::max(most, std::fabs(c.y[s * d + i])) : NAN;
+        expect("scale", scale, s, most / 127, most, 1e-6);
+        for (int64_t i = 0; i < d && most > 1e-30; ++i)
+            if (std::fabs(double(q[s * d + i]) - c.y[s * d + i] * 127 / most) > 0.5 + 1e-3) throw Mismatch("q is not y");
+    }
+}
+
 // Returns what was normalized: x, or its sum with the residual.
 Buffer check_forward(Random &random, Case &c) {
     const NkPlan &plan = c.plan;
-    Buffer y(plan.type, c.n), sum = c.residual ? Buffer(plan.type, c.n) : Buffer(), x = c.x;
+    Buffer &y = c.y = Buffer(plan.type, c.n), sum = c.residual ? Buffer(plan.type, c.n) : Buffer(), x = c.x;
     auto forward = function<Forward>("nk_forward");
     std::vector<Buffer *> outputs{&y, &sum, &c.variance};
     if (!plan.given) outputs.insert(outputs.end(), {&c.center, &c.inverse});
@@ -211,8 +230,9 @@ void check_backward(Random &random, Case &c, Buffer v) {
     Buffer dbias = c.bias && random.chance(0.8) ? Buffer(plan.parameter_type, plan.parameters) : Buffer();
     Buffer center = plan.centred ? c.center : Buffer();
     auto backward = function<Backward>("nk_backward");
+    bool output = plan.parts & NK_OUTPUT;
     on_any_threads(random, [&] {
-        return backward(&plan, dy.data(), dsum.data(), v.data(), c.weight.data(), c.bias.data(), center.data(), c.inverse.data(), dx.data(),
+        return backward(&plan, dy.data(), dsum.data(), output ? c.y.data() : v.data(), c.weight.data(), c.bias.data(), center.data(), c.inverse.data(), dx.data(),
                         dweight.data(), dbias.data());
     }, {&dx, &dweight, &dbias});
 
@@ -227,9 +247,15 @@ void check_backward(Random &random, Case &c, Buffer v) {
         double middle = center ? center[s] : 0, inverse = c.inverse[s];
         normal[e] = (v[e] - middle) * inverse;
         typical[e] = (std::fabs(v[e]) + std::fabs(middle)) * inverse;
+        if (output) {
+            double before = c.y[e] < 0 && plan.activation == NK_LEAKY_RELU ? 100 * c.y[e] : c.y[e];
+            normal[e] = (before - c.shift(p)) / c.gain(p);
+            typical[e] = (std::fabs(before) + std::fabs(c.shift(p))) / std::fabs(c.gain(p));
+            at_the_corner |= plan.activation && before == 0;
+        }
         double z = c.gain(p) * normal[e] + c.shift(p);
         double blur = c.loose * (std::fabs(c.gain(p)) * typical[e] + std::fabs(c.shift(p)));
-        at_the_corner |= plan.activation == NK_RELU && z != 0 && std::fabs(z) < blur;
+        at_the_corner |= (plan.activation == NK_RELU || plan.activation == NK_LEAKY_RELU) && z != 0 && std::fabs(z) < blur;
         double g = dy[e] * slope(plan.activation, z), size = std::fabs(dy[e]) * (1 + (plan.activation ? typical[e] : 0));
         weight[p] += g * normal[e], size_weight[p] += size * typical[e];
         bias[p] += g, size_bias[p] += size;
@@ -314,6 +340,8 @@ void one_case(Random &random) {
     if (random.chance(0.6)) c.bias = Buffer::normal(random, plan.parameter_type, plan.parameters);
     if (!c.weight) c.plan.offset = 0;
     c.plan.parts = (c.weight ? NK_WEIGHT : 0) | (c.bias ? NK_BIAS : 0);
+    bool undone = plan.activation == NK_LINEAR || plan.activation == NK_LEAKY_RELU;
+    if (undone && !plan.given && random.chance(0.4)) c.plan.parts |= NK_OUTPUT;
     int32_t kept = wide(plan.type);
     c.inverse = Buffer(kept, c.sets);
     if (plan.centred) c.center = Buffer(kept, c.sets);
@@ -327,15 +355,36 @@ void one_case(Random &random) {
     }
     try {
         Buffer normalized = check_forward(random, c);
+        bool rows = plan.far * plan.kept == 1 && plan.outer_step == 0 && !plan.given && !c.residual;
+        if (rows && !extreme) check_quantized(random, c);
         if (!extreme) check_backward(random, c, normalized);  // the gradient's terms leave float's range
         if (random.chance(0.1)) check_refusals(random, c);
     } catch (const Mismatch &mismatch) {
         throw Mismatch(std::string(mismatch.what()) + "\n" + show(plan) + (c.weight ? ", weight" : "") + (c.bias ? ", bias" : "") +
-                       (c.residual ? ", residual" : ""));
+                       (c.residual ? ", residual" : "") + (plan.parts & NK_OUTPUT ? ", from the output" : ""));
     }
 }
 
+// Zero or scaled, as often as asked for, the same whatever the threads and however many elements follow.
+void one_dropout(Random &random) {
+    int32_t type = int32_t(random.below(4));
+    int64_t n = 1 + random.below(40000), seed = random.below(1 << 30);
+    double p = random.pick({0.0, 0.1, 0.5, 0.9});
+    Buffer x = Buffer::normal(random, type, n, 3), y(type, n), part(type, (n + 1) / 2);
+    auto drop = function<int32_t(int64_t, int64_t, int64_t, double, const void *, void *)>("nk_dropout");
+    on_any_threads(random, [&] { return drop(type, n, seed, p, x.data(), y.data()); }, {&y});
+    answers([&] { return drop(type, (n + 1) / 2, seed, p, x.data(), part.data()); });
+    double dropped = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        if (i < (n + 1) / 2 && part[i] != y[i]) throw Mismatch("dropout depends on what follows");
+        if (y[i] == 0) dropped += x[i] != 0;
+        else expect("dropout", y, i, x[i] / (1 - p), std::fabs(x[i] / (1 - p)), type == NK_FLOAT64 ? 1e-15 : 1e-7);
+    }
+    if (std::fabs(dropped - double(n) * p) > 6 * std::sqrt(double(n) * p * (1 - p)) + 1) throw Mismatch("dropout drops too many or too few");
+}
+
 const Fuzzer entry{"nest", one_case};
+const Fuzzer dropout{"dropout", one_dropout};
 
 }  // namespace
 }  // namespace fuzz

@@ -16,7 +16,7 @@ from normkit.core.moments import Moments
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
-from normkit.engine.call import Call, Output
+from normkit.engine.call import Call, Output, Save
 from normkit.engine.dispatch import Activation, Backend, run
 from normkit.engine.layer import Layer, channels_rule, check_channels, check_layout, check_several, given_statistics
 
@@ -47,9 +47,11 @@ class BatchNorm(Layer, TorchBatchNorm):
         track_running_stats: whether there are running averages; without, the batch's statistics are always used. Default: True.
         bias: False omits the bias. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
-        activation: fused activation: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. torch's tools that
-            replace a batch norm (``convert_sync_batchnorm``, ``fuse_conv_bn_eval``) are then refused, as they would lose the
-            activation. Default: None.
+        activation: fused activation: ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None.
+            torch's tools that replace a batch norm (``convert_sync_batchnorm``, ``fuse_conv_bn_eval``) are then refused, as they
+            would lose the activation. Default: None.
+        save: what is kept for the backward pass: ``"input"``, or the ``"output"``, which a convolution or linear layer behind it
+            keeps anyway: the normalized input is then computed again from it. Default: "input".
         spatial: axes of positions: 1, 2 or 3 refuses inputs of another rank, as torch's BatchNorm1d (which takes (N, C) too), 2d
             and 3d do; None takes any. Default: None.
         accumulate: training passes whose batches count as one in the running statistics. Default: 1.
@@ -61,6 +63,7 @@ class BatchNorm(Layer, TorchBatchNorm):
             channel in training.
         OptionError: an unknown layout, or ``accumulate`` below 1.
         SurgeryError: one of torch's tools would replace the layer and lose its activation or layout.
+        OptionError: with ``save="output"``, an activation that has no inverse or, in training, a gain too small to be undone.
 
     Reference: Ioffe and Szegedy, "Batch Normalization" (2015), https://arxiv.org/abs/1502.03167.
 
@@ -82,6 +85,7 @@ class BatchNorm(Layer, TorchBatchNorm):
         bias: bool = True,
         layout: str = "n c *",
         activation: Activation | None = None,
+        save: Save = "input",
         spatial: int | None = None,
         accumulate: int = 1,
         device: Any = None,
@@ -91,6 +95,7 @@ class BatchNorm(Layer, TorchBatchNorm):
             raise OptionError(f"BatchNorm: accumulate={accumulate}; wanted a whole number of passes, from 1")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.activation, self.spatial, self.layout, self.accumulate = activation, spatial, layout, accumulate
+        self.save = save
         self._waiting = _NONE
         self.complete(bias)
 
@@ -148,7 +153,9 @@ class BatchNorm(Layer, TorchBatchNorm):
         rule.memory.blend(running, mean.reshape(-1), merged.unbiased().reshape(-1))
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + self.repr_options(layout="n c *", spatial=None, activation=None, accumulate=1)
+        return super().extra_repr() + self.repr_options(
+            layout="n c *", spatial=None, activation=None, save="input", accumulate=1
+        )
 
 
 def batch_norm(

@@ -15,6 +15,7 @@ from normkit.core.place import groups, whole_number
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, check_groups, divisors, show
+from normkit.engine.call import Save
 from normkit.engine.dispatch import Activation, Backend, run
 from normkit.engine.layer import Layer, check_channels, check_channels_first, check_layout
 from normkit.engine.window import sliding_moments
@@ -41,13 +42,17 @@ class GroupNorm(Layer, nn.GroupNorm):
         affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
         bias: False omits the bias. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
-        activation: fused activation: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
+        activation: fused activation: ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None.
+            Default: None.
+        save: what is kept for the backward pass: ``"input"``, or the ``"output"``, which a convolution or linear layer behind it
+            keeps anyway: the normalized input is then computed again from it. Default: "input".
 
     Shape: (N, C, *) or, with channels last, (N, *, C); the output has the same shape.
 
     Raises:
         OptionError: the channels do not split into the groups; an unknown layout.
         ShapeError: a number of channels other than ``num_channels``; a single sample with one value per group, as in torch.
+        OptionError: with ``save="output"``, an activation that has no inverse or, in training, a gain too small to be undone.
 
     Reference: Wu and He, "Group Normalization" (2018), https://arxiv.org/abs/1803.08494.
 
@@ -55,7 +60,7 @@ class GroupNorm(Layer, nn.GroupNorm):
     tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
     """
 
-    unusual: ClassVar = {"layout": "n c *", "activation": None}
+    unusual: ClassVar = {"layout": "n c *", "activation": None, "save": "input"}
 
     def __init__(
         self,
@@ -67,12 +72,13 @@ class GroupNorm(Layer, nn.GroupNorm):
         bias: bool = True,
         layout: str = "n c *",
         activation: Activation | None = None,
+        save: Save = "input",
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         check_groups("GroupNorm", num_channels, num_groups)
         super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
-        self.activation, self.layout = activation, layout
+        self.activation, self.layout, self.save = activation, layout, save
         self.complete(bias)
 
     def make_rule(self) -> Rule:

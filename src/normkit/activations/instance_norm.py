@@ -16,6 +16,7 @@ from normkit.core.moments import accumulation_dtype, moments
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
+from normkit.engine.call import Save
 from normkit.engine.dispatch import Activation, Backend, Explanation, run
 from normkit.engine.layer import Layer, channels_rule, check_channels, check_several, given_statistics
 
@@ -52,7 +53,7 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
              [-1.0000,  1.0000]]])
     """
 
-    unusual: ClassVar = {"layout": "n c *", "spatial": None, "activation": None}
+    unusual: ClassVar = {"layout": "n c *", "spatial": None, "activation": None, "save": "input"}
 
     def __init__(
         self,
@@ -65,12 +66,13 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
         bias: bool = True,
         layout: str = "n c *",
         activation: Activation | None = None,
+        save: Save = "input",
         spatial: int | None = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)  # pyright: ignore[reportArgumentType]
-        self.activation, self.spatial, self.layout = activation, spatial, layout
+        self.activation, self.spatial, self.layout, self.save = activation, spatial, layout, save
         self.complete(bias)
 
     def make_rule(self) -> Rule:

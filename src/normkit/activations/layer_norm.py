@@ -14,6 +14,7 @@ from normkit.core.place import one_of
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
+from normkit.engine.call import Save
 from normkit.engine.dispatch import Activation, Backend, run
 from normkit.engine.layer import Layer, check_features, check_several, features_support
 
@@ -51,13 +52,19 @@ class LayerNorm(Layer, nn.LayerNorm):
         over: ``"c"`` or ``"c *"`` of an input ``"n c *"``; ``"d"`` for the last trailing axis alone, with a weight per element of
             all, as for queries whose heads have gains of their own; None for the trailing axes. Default: None.
         per: with ``over``, ``""`` for one scalar weight and bias; None for one per channel. Default: None.
-        activation: fused activation: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
+        activation: fused activation: ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None.
+            Default: None.
+        save: what is kept for the backward pass: ``"input"``, or the ``"output"``, which a convolution or linear layer behind it
+            keeps anyway: the normalized input is then computed again from it. Default: "input".
+        dropout: probability with which an element of the output becomes zero in training, where the others are divided by
+            1 - dropout. No mask is stored: the backward pass draws again. Default: 0.
 
     Shape: (*, *normalized_shape), or (N, C, *) with ``over``; the output has the same shape.
 
     Raises:
         ShapeError: the input does not end in ``normalized_shape``, or has another number of channels.
         OptionError: an unknown ``over`` or ``per``.
+        OptionError: with ``save="output"``, an activation that has no inverse or, in training, a gain too small to be undone.
 
     Reference: Ba, Kiros, Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450.
 
@@ -66,7 +73,7 @@ class LayerNorm(Layer, nn.LayerNorm):
             [-1.0000,  1.0000]])
     """
 
-    unusual: ClassVar = {"over": None, "per": None, "activation": None}
+    unusual: ClassVar = {"over": None, "per": None, "activation": None, "save": "input", "dropout": 0.0}
 
     def __init__(
         self,
@@ -78,12 +85,14 @@ class LayerNorm(Layer, nn.LayerNorm):
         over: str | None = None,
         per: str | None = None,
         activation: Activation | None = None,
+        save: Save = "input",
+        dropout: float = 0.0,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         shape = trailing_sizes("LayerNorm", normalized_shape)
         super().__init__(shape, eps, elementwise_affine, bias, device=device, dtype=dtype)
-        self.activation = activation
+        self.activation, self.save, self.dropout = activation, save, dropout
         self.over, self.per = over, per
         check_features("LayerNorm", shape, over, per)
         self.complete()

@@ -14,7 +14,9 @@ from normkit.core.place import one_of, positive_number
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Guard, Statistic
 from normkit.core.support import Support
+from normkit.engine.call import Save
 from normkit.engine.dispatch import Activation, Backend, run
+from normkit.engine.dropout import drop
 from normkit.engine.layer import Cast, Layer, check_features, check_last, features_support
 from normkit.engine.reference import activate
 
@@ -46,7 +48,7 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
 
     Checkpoints of all these forms load: the key is ``weight``.
 
-    ``normalized_shape``, ``over`` and ``activation``, shapes and their errors are those of LayerNorm.
+    ``normalized_shape``, ``over``, ``activation``, ``save`` and ``dropout``, shapes and their errors are those of LayerNorm.
 
     Args:
         eps: added to the mean square; None for the machine epsilon of the statistics' dtype, at least float32. Default: None.
@@ -58,7 +60,7 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
             normalized input to its dtype before multiplying. The same in float32 and float64. Default: "after weight".
 
     Raises:
-        OptionError: an unknown ``over``, ``guard`` or ``cast``.
+        OptionError: an unknown ``over``, ``guard`` or ``cast``; ``save="output"`` with a ``cast`` that rounds twice.
 
     Reference: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), https://arxiv.org/abs/1910.07467.
 
@@ -67,6 +69,7 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
     """
 
     offset: float = 0.0  # torch's constructor calls reset_parameters, which reads it, before ours can set it
+    cast: Cast = "after weight"
 
     def __init__(
         self,
@@ -80,6 +83,8 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
         offset: float = 0.0,
         cast: Cast = "after weight",
         activation: Activation | None = None,
+        save: Save = "input",
+        dropout: float = 0.0,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -87,12 +92,19 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
         check_features("RMSNorm", shape, over, None)
         check_options("RMSNorm", cast=(cast, Cast))
         super().__init__(shape, eps, elementwise_affine, device=device, dtype=dtype)
-        self.activation = activation
         self.over, self.offset, self.cast = over, offset, cast
+        self.activation, self.save, self.dropout = activation, save, dropout
         self.guard: Guard = guard
         self.register_parameter("bias", nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if bias else None)
         self.reset_parameters()
         self.complete()
+
+    def _check_save(self, save: Any, activation: str | None) -> None:
+        if save == "output" and self.cast != "after weight":
+            raise OptionError(
+                f'RMSNorm: save="output" can\'t undo cast={self.cast!r}, which rounds twice; use save="input"'
+            )
+        super()._check_save(save, activation)
 
     def reset_parameters(self) -> None:
         self.fill(weight=1 - self.offset, bias=0)
@@ -107,10 +119,19 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
         if self.cast == "after weight":
             return super().forward(input, mask)
         self.check(input)
-        return activate(_rounded_first(self.rule, input, self.weight, self.bias, mask, self.backend), self.activation)
+        y = activate(_rounded_first(self.rule, input, self.weight, self.bias, mask, self.backend), self.activation)
+        return drop(y, self.dropout) if self.dropout and self.training else y
 
     def extra_repr(self) -> str:
-        options = {"over": None, "guard": "inside", "offset": 0.0, "cast": "after weight", "activation": None}
+        options = {
+            "over": None,
+            "guard": "inside",
+            "offset": 0.0,
+            "cast": "after weight",
+            "activation": None,
+            "save": "input",
+            "dropout": 0.0,
+        }
         return super().extra_repr() + (", bias=True" if self.bias is not None else "") + self.repr_options(**options)
 
 

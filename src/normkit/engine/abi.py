@@ -27,6 +27,8 @@ _SIGNATURES = {
     "nk_forward": "p" * 10,
     "nk_measure": "p" * 5,
     "nk_backward": "p" * 11,
+    "nk_quantize": "p" * 6,
+    "nk_dropout": "iiidpp",
     "nk_remember": "iiiddipppp",
     "nk_given": "pipppp",
     "nk_weight_forward": "pppp",

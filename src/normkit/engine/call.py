@@ -13,7 +13,8 @@ from normkit.engine.eager import watched
 from normkit.engine.layout import laid_out
 
 Backend = Literal["auto", "reference", "closed", "aten", "native"]
-Activation = Literal["relu", "silu", "gelu", "gelu_tanh"]
+Activation = Literal["relu", "leaky_relu", "silu", "gelu", "gelu_tanh"]
+Save = Literal["input", "output"]  # what is kept for the backward pass
 
 
 class Call(NamedTuple):
@@ -34,6 +35,7 @@ class Call(NamedTuple):
     activation: str | None = None
     measured: bool = False
     backend: str = "auto"
+    save: Save = "input"
 
     @property
     def wants_moments(self) -> bool:
@@ -46,7 +48,7 @@ class Call(NamedTuple):
         Nothing is cached while a compiler, transform or mode is active, nor for subclasses of Tensor: there the choice depends
         on more than can be listed. Autocast is not in the key, as the output always has the input's dtype.
         """
-        _, x, weight, bias, residual, running, own, mask, activation, measured, backend = self
+        _, x, weight, bias, residual, running, own, mask, activation, measured, backend, save = self
         others = (weight, bias, residual, *(running or ())[:2])
         if watched() or mask is not None or not is_plain(x) or not all(t is None or is_plain(t) for t in others):
             return None
@@ -63,6 +65,7 @@ class Call(NamedTuple):
             activation,
             measured,
             backend,
+            save,
             torch.is_grad_enabled(),
         )
 

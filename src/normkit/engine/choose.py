@@ -131,7 +131,9 @@ def _native(call: Call, split: Split) -> Callable[[Call], Output] | str:
         return "the kernels take no mask"
     if not watched():
         # Preparing is the test: whatever it refuses has no kernel, and whatever it returns is what runs.
-        ready = prepare(call.rule, call.x, split, call.weight, call.bias, call.activation, call.running, not call.own)
+        output = call.save == "output" and call.own
+        parameters = call.weight, call.bias
+        ready = prepare(call.rule, call.x, split, *parameters, call.activation, call.running, not call.own, output)
         if isinstance(ready, str):
             simpler = bare.prepare_bare(call, split)
             return partial(bare.perform, simpler) if isinstance(simpler, Prepared) else ready

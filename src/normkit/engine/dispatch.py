@@ -1,7 +1,9 @@
 """Run a rule on the requested back end, or on the best one that can."""
 
+import math
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from normkit.core.compensation import Affine
@@ -51,7 +53,7 @@ def run(
             instead of the input's own.
         training: whether the input's own statistics are used. Without ``running`` they always are.
         mask: boolean, broadcasts over x; elements where it is False enter no statistic and become zero.
-        activation: fused activation: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None.
+        activation: fused activation: ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None.
         backend: ``"auto"`` chooses; a back end by name runs or raises, without falling back to another.
 
     Returns:
@@ -168,6 +170,21 @@ def perform_by(choice: Choice, call: Call) -> Output:
     if running is not None and memory is not None and call.own and not output.remembered and found is not None:
         memory.update(running, found, choice.split)
     return output
+
+
+def quantize(call: Call) -> tuple[Tensor, Tensor]:
+    """The output as int8, and a scale for each row of its last axis, without gradients."""
+    with torch.no_grad():
+        choice = kept(call, call.key())
+        if isinstance(choice.perform, partial) and choice.perform.func is native.perform:
+            ready = choice.perform.args[0]
+            if native.by_rows(ready, call.x):
+                return native.quantize(ready, call.x, call.weight, call.bias)
+        y = perform_by(choice, call).y.float()
+        most = y.abs().amax(-1, keepdim=True)
+        most = torch.where(most.isfinite(), most, math.nan)
+        factor = torch.where(most == 0, 0.0, 127 / most)
+        return (y * factor).round().nan_to_num().to(torch.int8), most / 127
 
 
 def normalize(

@@ -13,9 +13,10 @@ from normkit.core.module import Module
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Guard, Scale, Statistic
 from normkit.core.support import Support, show
-from normkit.engine.call import Activation, Backend, Call, Output
+from normkit.engine.call import Activation, Backend, Call, Output, Save
 from normkit.engine.choose import Explanation, kept
-from normkit.engine.dispatch import explained, perform_by
+from normkit.engine.dispatch import explained, perform_by, quantize
+from normkit.engine.dropout import drop
 from normkit.engine.guard import calm
 from normkit.engine.known import Known
 from normkit.engine.reference import check_activation
@@ -29,12 +30,15 @@ class Layer(Module):
     """Mixin of every layer that is one rule: ``forward`` runs the rule with the module's parameters and buffers.
 
     A subclass defines ``make_rule`` and ``check``. The attribute ``backend`` is ``"auto"`` unless set; ``explain(x)`` says what
-    would run. The attribute ``activation`` is applied in the same pass: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or
-    None.
+    would run. The attribute ``activation`` is applied in the same pass: ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"``,
+    ``"gelu"``, ``"gelu_tanh"`` or None. The attribute ``save`` says what is kept for the backward pass, ``"input"`` or
+    ``"output"``; ``dropout`` the probability with which an element of the output becomes zero in training.
     """
 
     backend: Backend = "auto"
     activation: Activation | None = None
+    save: Save = "input"
+    dropout: float = 0.0
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     running_mean: Tensor | None
@@ -70,6 +74,8 @@ class Layer(Module):
             ShapeError: the input does not fit.
         """
         own = self.__dict__  # nn.Module's __getattr__ is slow next to a small kernel
+        if own.get("dropout", 0.0) and self.training:
+            return drop(self._perform(self._call(input, mask)).y, self.dropout)
         # calm() first: a compiler would guard its graph on whatever is read here, and compile again when that changes.
         if calm() and mask is None and "_known" in own and not input.is_nested:
             parameters, buffers = own["_parameters"], own["_buffers"]
@@ -96,7 +102,8 @@ class Layer(Module):
             if by_own and not own.get("track_running_stats", False):
                 running = None
         return Call(
-            self.rule, input, weight, bias, residual, running, by_own, mask, self.activation, False, self.backend
+            *(self.rule, input, weight, bias, residual, running, by_own, mask),
+            *(self.activation, False, self.backend, self.save),
         )
 
     def _perform(self, call: Call) -> Output:
@@ -130,13 +137,33 @@ class Layer(Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "activation":
             check_activation(value)
-            if value is not None and not _activates(type(self)):
+            if value is not None and not _takes(type(self), name):
                 raise OptionError(
                     f"{type(self).__name__}: activation={value!r} would be ignored, as this layer does not fuse one; "
                     "add the activation after it"
                 )
+            self._check_save(self.save, value)
+        if name == "save":
+            self._check_save(value, self.activation)
+        if name == "dropout" and not (0 <= (value or 0.0) <= 1 and (not value or _takes(type(self), name))):
+            raise OptionError(
+                f"{type(self).__name__}: dropout={value}; wanted a probability from 0 to 1, of a layer that takes one as argument"
+            )
         self._forget()
         super().__setattr__(name, value)
+
+    def _check_save(self, save: Any, activation: str | None) -> None:
+        who = type(self).__name__
+        check_options(who, save=(save, Save))
+        if save == "input":
+            return
+        if not _takes(type(self), "save"):
+            raise OptionError(f'{who}: save="output" would be ignored, as this layer keeps its input; leave it out')
+        if activation not in (None, "leaky_relu"):
+            raise OptionError(
+                f'{who}: save="output" can\'t undo activation={activation!r}, which maps several inputs to one output; '
+                'wanted None or "leaky_relu", or save="input"'
+            )
 
     def __delattr__(self, name: str) -> None:
         self._forget()
@@ -170,7 +197,34 @@ class Layer(Module):
         """
         y, total, *_ = self._perform(self._call(input, mask, residual))
         assert total is not None
-        return y, total
+        return (drop(y, self.dropout) if self.dropout and self.training else y), total
+
+    def quantized(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalize and round each row of the last axis to whole numbers with a scale of its own, for inference.
+
+        scale = max|y| / 127 over a row of what ``forward`` returns in evaluation, and q = round(y / scale): what the dynamic
+        quantization of a linear layer behind the norm wants. In one pass where the norm is over the last axis, on a CPU.
+
+        Args:
+            input: as for ``forward``.
+
+        Returns:
+            q, int8 of the input's shape, and scale, float32 of the input's shape with a last axis of 1; y is about q * scale. A
+            row of zeros has the scale 0; one with a NaN or an infinity has the scale NaN.
+
+        Raises:
+            ShapeError: the input does not fit.
+
+        Reference:
+            Dettmers, Lewis, Belkada, Zettlemoyer, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale" (2022),
+            https://arxiv.org/abs/2208.07339, section 2.1.
+
+        >>> import torch, normkit
+        >>> normkit.RMSNorm(2, elementwise_affine=False).quantized(torch.tensor([[3.0, 4.0]]))
+        (tensor([[ 95, 127]], dtype=torch.int8), tensor([[0.0089]]))
+        """
+        self._fits(input)
+        return quantize(self._call(input.detach(), None))
 
     def complete(self, bias: bool = True) -> None:
         """End a constructor: drop the bias that torch's made if it is not wanted, and make the rule.
@@ -203,9 +257,9 @@ class Layer(Module):
         return explained(self._call(input, None))
 
 
-def _activates(kind: type) -> bool:
-    """Whether layers of a class apply their activation: they inherit ``forward``, or take the activation as an argument."""
-    return kind.forward is Layer.forward or "activation" in inspect.signature(kind.__init__).parameters
+def _takes(kind: type, option: str) -> bool:
+    """Whether layers of a class heed an option: they inherit ``forward``, or take the option as an argument."""
+    return kind.forward is Layer.forward or option in inspect.signature(kind.__init__).parameters
 
 
 def check_layout(who: str, layout: str) -> str:

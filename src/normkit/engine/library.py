@@ -21,7 +21,7 @@ _LEVELS = {"x86-64-v4": 4, "x86-64-v3": 3, "baseline": 1}
 
 # Increase it, and what nk_abi in native/level.cpp returns, whenever a structure or the arguments of a function change: a library
 # of another version would misread what Python passes.
-_ABI = 2
+_ABI = 3
 _SYMBOLS = (
     *("nk_abi", "nk_level", "nk_set_threads"),
     *("nk_forward", "nk_measure", "nk_backward", "nk_given", "nk_remember"),

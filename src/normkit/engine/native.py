@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
+from normkit.core.errors import BackendError, OptionError
 from normkit.core.memory import Running, RunningMoments, RunningStatistics, recomputed
 from normkit.core.moments import Moments
 from normkit.core.rule import Rule
-from normkit.core.support import Split, place
+from normkit.core.support import Split, place, show
 from normkit.engine import closed_form
-from normkit.engine.abi import TYPES, checked, entry, gradients, like
+from normkit.engine.abi import TYPES, checked, entry, gradients, like, pointer
 from normkit.engine.call import Call, Output
 from normkit.engine.eager import watched
 from normkit.engine.guard import calm, guard
@@ -49,6 +50,22 @@ def measure(ready: Prepared, x: Tensor) -> Moments:
     start, step = values.data_ptr(), ready.statistic_bytes
     checked(entry("nk_measure")(ready.address, x.data_ptr(), start + step, start, start + 2 * step))
     return ready.moments(values)
+
+
+def by_rows(ready: Prepared, x: Tensor) -> bool:
+    """Whether the sets are the rows of the last axis in memory, and have the same parameters."""
+    nest = ready.nest
+    rows = nest.kind == "row" and nest.kept.size == 1 and nest.outer_place[2] == 0
+    return rows and x.is_contiguous() and x.shape[-1] == ready.split.count
+
+
+def quantize(ready: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The output as int8 and the scale of each row, where ``by_rows`` holds."""
+    weight, bias = _packed(weight), _packed(bias)
+    q, scale = torch.empty_like(x, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    pointers = x.data_ptr(), pointer(weight), pointer(bias), q.data_ptr(), scale.data_ptr()
+    checked(entry("nk_quantize")(ready.address, *pointers))
+    return q, scale
 
 
 def quick(chosen: Any, call: Call) -> Callable[..., Tensor] | None:
@@ -308,10 +325,37 @@ def _gradients(
         return _backward(ready, dy, dsum, x, weight, bias, values, wanted)
     if dy is None:
         return [dsum, None, None]
+    if ready.output:
+        raise BackendError(
+            'save="output" has no second derivatives and no batched gradients, as its input is not kept; use save="input"'
+        )
     dx, dweight, dbias = gradients(functools.partial(_definition, ready, values), inputs, wanted, dy)
     if dsum is not None:  # the sum is an output too, and its gradient adds to the one through the norm
         dx = dsum if dx is None else dx + dsum
     return [dx, dweight, dbias]
+
+
+def _check_undone(ready: Prepared, dtype: torch.dtype, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Refuse gains too small for the normalized input to be computed again from the output.
+
+    The output is rounded by eps (|gain normalized| + |bias|), so (output - bias) / gain by eps (|normalized| + |bias / gain|) and
+    a little more. Half of the digits are left where |gain| >= sqrt(eps) |bias|. Numbers below the normal ones have fewer digits:
+    those of |gain| >= tiny / sqrt(eps) keep half of theirs down to normalized inputs of sqrt(eps).
+    """
+    if weight is None:
+        return
+    info, offset = torch.finfo(dtype), ready.struct.offset
+    gain, least = weight.detach() + offset, info.tiny / info.eps**0.5
+    wanted = gain.new_full((), least) if bias is None else (bias.detach().abs() * info.eps**0.5).clamp_min(least)
+    small = gain.abs() < wanted
+    if small.any():
+        at = int(small.flatten().nonzero()[0])
+        limits = wanted.expand_as(small).flatten()
+        raise OptionError(
+            f'save="output" can\'t undo a gain of {gain.flatten()[at].item():.3g} (element {at} of {show(weight.shape)}, '
+            f"{int(small.sum())} are too small), wanted at least {limits[at].item():.3g} in {dtype}, so that half of the digits "
+            'are left; use save="input" for this layer'
+        )
 
 
 class _Normalize(torch.autograd.Function):
@@ -330,7 +374,9 @@ class _Normalize(torch.autograd.Function):
         y, total, values = _forward(ready, x, weight, bias, residual, 1 + ready.centred if kept is None else 3)
         ctx.ready, ctx.values = ready, values
         ctx.set_materialize_grads(False)  # where only one of two outputs is used, no zeros for the other
-        ctx.save_for_backward(x if total is None else total, weight, bias)
+        if ready.output:
+            _check_undone(ready, x.dtype, weight, bias)
+        ctx.save_for_backward(y if ready.output else x if total is None else total, weight, bias)
         if kept is not None:
             assert values is not None
             kept.append(values)

@@ -17,13 +17,13 @@ from normkit.engine.layout import memory_format
 from normkit.engine.library import why_not
 from normkit.engine.plan import Nest, is_dense, plan
 
-ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
+ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4, "leaky_relu": 5}
 _SCALES = {("mean", "std"): 1, ("mean", None): 0, (None, "rms"): 1, (None, "norm"): 2}
 _GUARDS = {"inside": 0, "outside": 1, "floor": 2}
 # The codes above are those of native/plan.h, and change with it and with the library's ABI number.
 # Above this size the output is written past the cache, which it would only evict.
 _STREAM_BYTES = 1 << 25
-_WEIGHT, _BIAS = 1, 2  # bits of NkPlan.parts: which parameters a call passes
+_WEIGHT, _BIAS, _OUTPUT = 1, 2, 4  # bits of NkPlan.parts: which parameters a call passes; y is kept for backward, not x
 
 
 class NkPlan(ctypes.Structure):
@@ -58,6 +58,7 @@ class Prepared:
     statistic_bytes: int
     centred: bool
     scaled: bool
+    output: bool  # keeps its output for the backward pass, not its input
     activation: str | None
     source: torch.memory_format | None  # to copy the input to, where the kernels can't read it in place
     format: torch.memory_format | None  # to copy the output to, where it differs from the input's
@@ -90,6 +91,7 @@ def prepare(
     activation: str | None = None,
     running: RunningStatistics | None = None,
     given: bool = False,
+    output: bool = False,
 ) -> Prepared | str:
     """Prepare the kernels for such arguments, or return the reason they can't run them.
 
@@ -102,6 +104,7 @@ def prepare(
         activation: the activation after the compensation.
         running: the running statistics to update, or to use.
         given: whether they replace the input's own.
+        output: whether the output is kept for the backward pass, not the input.
     """
     forward = entry("nk_forward")
     if forward is None:
@@ -131,7 +134,7 @@ def prepare(
         *(TYPES[x.dtype], TYPES[wide if parameter is None else parameter.dtype]),
         *(statistic.center is not None, scale, _GUARDS[statistic.guard], statistic.correction),
         *(ACTIVATIONS[activation], given, x.numel() * x.itemsize > _STREAM_BYTES),
-        _WEIGHT * (weight is not None) + _BIAS * (bias is not None),
+        _WEIGHT * (weight is not None) + _BIAS * (bias is not None) + _OUTPUT * output,
     )
     return Prepared(
         rule=rule,
@@ -143,6 +146,7 @@ def prepare(
         statistic_bytes=nest.statistics * wide.itemsize,
         centred=statistic.center is not None,
         scaled=statistic.scale is not None,
+        output=output,
         activation=activation,
         source=source,
         format=format,

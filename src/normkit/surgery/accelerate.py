@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from normkit.activations.rms_norm import RMSNorm
-from normkit.core.errors import SurgeryError
+from normkit.core.errors import OptionError, SurgeryError, check_options
+from normkit.engine.call import Save
 from normkit.engine.layer import Layer
 from normkit.surgery.changes import Changes, Refusal, Refusals, label
 from normkit.surgery.norms import Norm, is_norm, read_norm
@@ -28,6 +29,7 @@ def accelerate(
     where: Where | None = None,
     example: Any = None,
     on_refusal: Refusal = "leave",
+    save: Save = "input",
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Changes:
     """Put normkit's layer in the place of every norm that computes what it does, in place; the model computes what it did.
@@ -46,7 +48,9 @@ def accelerate(
     ``nn.modules.instancenorm._InstanceNorm`` instead, as the row says.
 
     ``where``, ``example``, ``on_refusal`` and ``optimizer``, and errors, are those of ``convert``; what can't be taken over is
-    left, unless ``on_refusal="raise"`` refuses the whole.
+    left, unless ``on_refusal="raise"`` refuses the whole. ``save="output"`` keeps each norm's output for the backward pass in the
+    place of its input, as its layer's ``save`` does: a tensor less for each norm with a linear layer or convolution right behind
+    it. A norm that can't, such as one with a ReLU, keeps its input, and the row says so.
 
     >>> print(accelerate(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.SyncBatchNorm(8))))
     layer  before        after         note
@@ -54,6 +58,7 @@ def accelerate(
     passed over
     2      (SyncBatchNorm): sync_batch_norm has no faster kernel here
     """
+    check_options("accelerate", save=(save, Save))
     refusals = Refusals("accelerate", on_refusal)
     found = {name: module for name, module in model.named_modules() if _is_candidate(name, module)}
     like = any_tensor(model)
@@ -63,6 +68,11 @@ def accelerate(
         kinds = (kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.modules."))
         kind = next(kinds, nn.Module)
         notes = [] if isinstance(made, kind) else [f"isinstance(_, nn.{kind.__name__}) no longer holds"]
+        try:
+            if isinstance(made, Layer):
+                made.save = save
+        except OptionError:
+            notes.append("keeps its input")
         gone = lost(made, module)
         return made, "; ".join([*notes, f"its {', '.join(gone)} dropped"] if gone else notes)
 

@@ -23,7 +23,13 @@ from normkit.surgery.norms import FrozenBatchNorm, Norm, count_from_one, has_fla
 
 OVER_POSITIONS = "statistics over positions: in a causal model tokens see later ones, and padding counts"
 _FROZEN = "frozen_bn"
-_MODULES = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, "tanh")}
+_MODULES = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, "tanh"),
+}
 _LEAVE = "on_refusal='leave'"
 _READS = {
     "n c *": "channels on axis 1, as a convolution gives them",
