@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normkit.diagnostics.conditions import WeightCondition, conditions
+from normkit.diagnostics.conditioning import WeightCondition, conditions
 from normkit.lab.experiment import Drawing, Table
 from normkit.lab.models.inception import digits_inception
 from normkit.lab.models.small_cnn import SmallCNN

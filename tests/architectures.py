@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import normkit as nk
+from foreign_norms import BatchNormAct, ChannelsNorm, Standardizing
 from normkit.core.errors import SurgeryError
 from normkit.surgery.changes import Change, Changes
 from normkit.surgery.watch import run_on, tensors_in
@@ -50,6 +51,7 @@ DETR = {
     "num_queries": 3,
     "use_timm_backbone": False,
     "use_pretrained_backbone": False,
+    "backbone": BACKBONE,
 }
 CONFIGURED: dict[str, dict[str, Any]] = {
     "Llama": GROUPED,
@@ -75,8 +77,6 @@ CONFIGURED: dict[str, dict[str, Any]] = {
     "Wav2Vec2": SPEECH,
     "Detr": DETR,
 }
-
-# Written here
 
 
 class Block(nn.Module):
@@ -130,38 +130,11 @@ class DiT(nn.Module):
         return self.out(self.last(x + f * self.mlp(self.norm2(x) * (1 + d) + e)))
 
 
-class BatchNormAct2d(nn.BatchNorm2d):
-    """Norm and activation in one class, as timm has it."""
-
-    def __init__(self, features: int) -> None:
-        super().__init__(features)
-        self.drop, self.act = nn.Identity(), nn.ReLU(inplace=True)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.act(self.drop(super().forward(input)))
-
-
-class LayerNorm2d(nn.LayerNorm):
-    """Over the channels of images."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class StdConv2d(nn.Conv2d):
-    """A convolution by its standardized weight."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        rows = self.weight.flatten(1)
-        deviation = (rows.var(1, keepdim=True, correction=0) + 1e-6).sqrt()
-        weight = ((rows - rows.mean(1, keepdim=True)) / deviation).view_as(self.weight)
-        return self._conv_forward(input, weight, self.bias)
-
-
 def norm_act() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, bias=False), BatchNormAct2d(8), nn.Conv2d(8, 8, 3, groups=8), BatchNormAct2d(8),
-        StdConv2d(8, 16, 1), LayerNorm2d(16), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), BatchNormAct(8, nn.ReLU(inplace=True)),
+        nn.Conv2d(8, 8, 3, groups=8), BatchNormAct(8, nn.ReLU(inplace=True)),
+        Standardizing(8, 16, 1), ChannelsNorm(16), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
     )  # fmt: skip
 
 
@@ -196,19 +169,23 @@ OWN: dict[str, tuple[Callable[[], nn.Module], Any]] = {
 MODELS = [*CONFIGURED, *OWN]
 
 
+def published(name: str, **sizes: Any) -> Any:
+    """A model of transformers by its class, with random weights, from a configuration of these sizes."""
+    import transformers
+
+    if "backbone" in sizes:
+        sizes["backbone_config"] = transformers.ResNetConfig(**sizes.pop("backbone"))
+    config = re.sub("(ForCausalLM|LMHeadModel|EncoderModel|Model)$", "Config", name)
+    return getattr(transformers, name)(getattr(transformers, config)(**sizes))
+
+
 def make(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
     """A small model with random weights, none of them as they start, in evaluation; and an input."""
     torch.manual_seed(0)
     if name in OWN:
         model, x = OWN[name][0]().eval(), OWN[name][1]
     else:
-        import transformers
-
-        options = dict(CONFIGURED[name])
-        if name == "Detr":
-            options["backbone_config"] = transformers.ResNetConfig(**BACKBONE)
-        config = getattr(transformers, f"{name.removesuffix('Encoder')}Config")(**options)
-        model = getattr(transformers, f"{name}Model")(config).eval()
+        model = published(f"{name}Model", **CONFIGURED[name]).eval()
         known = {"input_ids": torch.arange(12).view(2, 6), "pixel_values": torch.randn(2, 3, 64, 64, dtype=dtype)}
         x = {model.main_input_name: known.get(model.main_input_name, torch.randn(2, 800, dtype=dtype))}
     for key, tensor in model.state_dict().items():
@@ -228,9 +205,6 @@ def outputs(model: nn.Module, x: Any) -> list[Tensor]:
 def apart(found: list[Tensor], wanted: list[Tensor]) -> float:
     """The largest difference, relative to the largest value of each output."""
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True))
-
-
-# Verbs
 
 
 class Verb(NamedTuple):

@@ -38,15 +38,14 @@ def write_comparison(
     sweeps: dict[str, list[dict[str, Any]]] = {}
     for order, recipe in enumerate(recipes):
         for rate in RATES:
+            best = rate == best_rate(order)
             tried = [
-                write_run(
-                    out, recipe, rate, seed, order, epochs, (recipe, seed) in diverged and rate == best_rate(order)
-                )
-                for seed in range(seeds if rate == best_rate(order) else 1)
+                write_run(out, recipe, rate, seed, order, epochs, best and (recipe, seed) in diverged)
+                for seed in range(seeds if best else 1)
             ]
             shown = {key: tried[0].result[key] for key in ("status", "val_score")}
             sweeps.setdefault(recipe, []).append({"rate": rate, "seed": 0, "run": tried[0].path, **shown})
-            if rate == best_rate(order):
+            if best:
                 runs[recipe] = tried
     target = find_target((run for of in runs.values() for run in of), None)
     rows = []
@@ -64,6 +63,7 @@ def record_of(result: dict[str, Any], title: str | None = None) -> dict[str, Any
     recipes = [recipe["recipe"] for recipe in result["recipes"]]
     about = {key: getattr(EXPERIMENT, key) for key in ("name", "kind", "claim", "paper")}
     seeds = [run["seed"] for run in result["recipes"][0]["runs"]]
+    of = Settings(rates=RATES, seeds=tuple(seeds), epochs=20)
     return {
         "schema": 1,
         "experiment": {**about, "title": title or f"{', '.join(recipes)} on digits"},
@@ -71,11 +71,7 @@ def record_of(result: dict[str, Any], title: str | None = None) -> dict[str, Any
         "started": "2026-11-21T03:10:04+00:00",
         "finished": "2026-11-21T03:12:21+00:00",
         "seconds": 137.2,
-        "config": {
-            "experiment": "compare",
-            **Settings(rates=RATES, seeds=tuple(seeds), epochs=20).record("cpu"),
-            "threads": 2,
-        },
+        "config": {"experiment": "compare", **of.record("cpu"), "threads": 2},
         "environment": {"torch": "2.13.0+cpu", "processor": "x86_64", "cores": 2, "devices": ["x86_64"]},
         "result": result,
     }

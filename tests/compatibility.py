@@ -7,8 +7,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from seams import CASES, SEAMS
+import module_seams
+import value_seams
+import view_seams
+from seam import SEAMS
 from subjects import SUBJECTS, Subject
+
+PARTS = (module_seams, value_seams, view_seams)  # which enter their contexts into the table
+CASES = [(one, subject) for one in SEAMS.values() for subject in SUBJECTS if one.applies(subject)]
 
 PAGE = Path(__file__).parent.parent / "docs/compatibility.md"
 KINDS = {"layer": "layers", "weight": "weights", "input": "preprocessing"}

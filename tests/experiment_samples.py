@@ -90,6 +90,4 @@ def remarks(result: dict[str, Any]) -> list[str]:
     return [f"{len(result['walks'])} walks ended."]
 
 
-EXPERIMENT = Experiment(
-    "walks", "claim", "Random walks", "A walk ends somewhere & all.", PAPER, run, tables, figures, remarks
-)
+EXPERIMENT = Experiment("walks", "claim", "Random walks", "Walks end & all.", PAPER, run, tables, figures, remarks)

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 
-def random_(module: nn.Module) -> nn.Module:
-    """Give a module random parameters."""
+def random_(module: Any, scale: float = 1.0, *, mean: float = 0.0, keep: bool = False) -> Any:
+    """Gives a module normal parameters, or adds them to those that it has."""
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.copy_(torch.randn_like(parameter))
+            parameter.copy_(keep * parameter + mean + scale * torch.randn_like(parameter))
+    return module
+
+
+def wired(way: Callable[..., Any], **parts: Any) -> Any:
+    """A module of parts by name, whose forward is given: what a network of one's own does with them."""
+    module = type("Wired", (nn.Module,), {"forward": way})()
+    for name, part in parts.items():
+        setattr(module, name, part)
     return module
 
 
@@ -19,9 +30,8 @@ def lived_in(model: nn.Module) -> nn.Module:
     model = model.double().eval()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point():
-            tensor.data.copy_(
-                torch.rand_like(tensor) + 0.5 if name.endswith(("var", "std")) else torch.randn_like(tensor)
-            )
+            far = name.endswith(("var", "std"))
+            tensor.data.copy_(torch.rand_like(tensor) + 0.5 if far else torch.randn_like(tensor))
     return model
 
 
@@ -91,9 +101,8 @@ class BatchNormAct(nn.BatchNorm2d):
         self.drop, self.act = nn.Dropout(p) if p else nn.Identity(), act
 
     def forward(self, input: Tensor) -> Tensor:
-        y = nn.functional.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
-        )
+        kept = self.running_mean, self.running_var, self.weight, self.bias
+        y = nn.functional.batch_norm(input, *kept, self.training, self.momentum, self.eps)
         if self.training:
             self.num_batches_tracked.add_(1)
         return self.act(self.drop(y))
@@ -165,12 +174,24 @@ class ScaledStandardizing(nn.Conv2d):
 
 
 class DetectorsFrozenBatchNorm2d(nn.Module):
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, eps: float = 1e-5) -> None:
         super().__init__()
+        self.eps = eps
         for name, value in (("weight", 1.5), ("bias", 0.3), ("running_mean", 0.2), ("running_var", 0.7)):
             self.register_buffer(name, torch.full((size,), value) + 0.1 * torch.rand(size))
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias, mean, var = (buffer.reshape(1, -1, 1, 1) for buffer in self.buffers())
-        scale = weight * (var + 1e-5).rsqrt()
+        scale = weight * (var + self.eps).rsqrt()
         return x * scale + (bias - mean * scale)
+
+
+class Conv1D(nn.Module):
+    """The linear layer of Hugging Face's GPT-2, whose weight is (in, out)."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.weight, self.bias = nf, nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).view(*x.shape[:-1], self.nf)

@@ -1,39 +1,29 @@
 """Factories for the tests of the lab: small, quick, and some that break the protocol."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from normkit.lab.comparison import compare
 from normkit.lab.settings import Settings
 
 # A comparison of seconds.
-SMALL = Settings(
-    recipes=("keep", "keep+e"),
-    seeds=(0, 1),
-    rates=(0.05, 0.2),
-    epochs=3,
-    batch_size=32,
-    extend=False,
-    accelerator="cpu",
-)
+SMALL = Settings(recipes=("keep", "keep+e"), seeds=(0, 1), rates=(0.05, 0.2), epochs=3, batch_size=32)
+SMALL = replace(SMALL, extend=False, accelerator="cpu")
 
 
 def model(classes: int = 3) -> nn.Module:
     """A perceptron with dropout, so that the random state matters along training."""
-    return nn.Sequential(
-        nn.Linear(8, 16),
-        nn.BatchNorm1d(16),
-        nn.ReLU(),
-        nn.Dropout(0.1),
-        nn.Linear(16, 16),
-        nn.ReLU(),
-        nn.Linear(16, classes),
-    )
+    first = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1)
+    return nn.Sequential(*first, nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, classes))
 
 
 def data() -> dict[str, Any]:
@@ -44,21 +34,29 @@ def data() -> dict[str, Any]:
     return {"train": (inputs[:160], targets[:160]), "test": (inputs[160:], targets[160:])}
 
 
-class Pairs(Dataset):
-    """The same samples, one at a time."""
+class Samples(Dataset):
+    """As many samples as are said, each read by a function when it is asked for."""
 
-    def __init__(self, part: str) -> None:
-        self.inputs, self.targets = data()[part]
+    def __init__(self, count: int, read: Callable[[int], Any]) -> None:
+        self.count, self.read = count, read
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return self.count
 
-    def __getitem__(self, row: int) -> tuple[Tensor, int]:
-        return torch.from_numpy(self.inputs[row]), int(self.targets[row])
+    def __getitem__(self, row: int) -> Any:
+        if row >= self.count:
+            raise IndexError
+        return self.read(row)
 
 
 def dataset() -> dict[str, Any]:
-    return {"train": Pairs("train"), "test": Pairs("test")}
+    """The same samples, one at a time."""
+    parts = data().items()
+    return {part: Samples(len(y), lambda i, x=x, y=y: (torch.from_numpy(x[i]), int(y[i]))) for part, (x, y) in parts}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def regression() -> dict[str, Any]:
@@ -108,3 +106,18 @@ def nan_labels() -> dict[str, Any]:
 def changed(**parts: Any) -> Callable[[], dict[str, Any]]:
     """A data factory with some of its parts replaced."""
     return lambda: {**data(), **parts}
+
+
+def posing(factory: Any, original: Any) -> Any:
+    """Another factory under the same name, as after an edit."""
+    factory.__module__, factory.__qualname__ = original.__module__, original.__qualname__
+    return factory
+
+
+other_data = posing(changed(test=data()["train"]), data)
+
+
+def compared(folder: Path, settings: Settings = SMALL, **options: Any) -> dict[str, Any]:
+    """A comparison of the perceptron on the three classes, without a report."""
+    given: dict[str, Any] = {"model": model, "data": data, "report": False, "console": Console(quiet=True), **options}
+    return compare(settings, folder, **given)

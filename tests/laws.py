@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normkit import Layer, Rule
-from normkit.catalogue import METHODS
+from normkit import METHODS, Layer, Rule
 from normkit.core.card import Card
 from normkit.core.errors import BackendError
 

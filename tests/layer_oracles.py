@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import wraps
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# For a method that is not one rule: its training output, given the layer (for its parameters and buffers) and its inputs,
+# by loops or formulas of the paper, and by none of the code that it judges.
+ORACLES: dict[str, Callable[..., Tensor]] = {}
+
+
+def oracle(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Enters an oracle under its method's name."""
+    ORACLES[function.__name__] = function
+    return function
 
 
 def _linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -23,9 +34,16 @@ def _layer_norm(x: Tensor, eps: float) -> Tensor:
     return torch.tensor([(v - mean) / math.sqrt(var + eps) for v in values], dtype=x.dtype)
 
 
-def _tokens(x: Tensor, function: Callable[..., Tensor]) -> Tensor:
-    """``function(sample, token)`` for every token of (N, L, D)."""
-    return torch.stack([torch.stack([function(n, token) for token in sample]) for n, sample in enumerate(x)])
+def of_tokens(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Of a function of one token and its sample's other inputs, that of every token of (N, L, D)."""
+
+    @wraps(function)
+    def every(made: Any, x: Tensor, *others: Tensor) -> Tensor:
+        samples = zip(x, *others, strict=True)
+        whole = [torch.stack([function(made, token, *rest) for token in sample]) for sample, *rest in samples]
+        return torch.stack(whole)
+
+    return every
 
 
 def _modulation(made: Any, condition: Tensor) -> Tensor:
@@ -33,26 +51,23 @@ def _modulation(made: Any, condition: Tensor) -> Tensor:
     return _linear(linear.weight, linear.bias, condition / (1 + (-condition).exp()))
 
 
-def adaptive_layer_norm(made: Any, x: Tensor, condition: Tensor) -> Tensor:
-    def token(n: int, token: Tensor) -> Tensor:
-        found = _modulation(made, condition[n])
-        d = len(token)
-        return _layer_norm(token, made.eps) * (1 + found[d:]) + found[:d]
-
-    return _tokens(x, token)
+@oracle
+@of_tokens
+def adaptive_layer_norm(made: Any, token: Tensor, condition: Tensor) -> Tensor:
+    shift, scale = _modulation(made, condition).split(len(token))
+    return _layer_norm(token, made.eps) * (1 + scale) + shift
 
 
-def adaptive_layer_norm_zero(made: Any, x: Tensor, condition: Tensor) -> Tensor:
-    def token(n: int, token: Tensor) -> Tensor:
-        d = len(token)
-        found = _modulation(made, condition[n]).split(d)
-        for shift, scale, gate in (found[:3], found[3:]):
-            token = token + gate * torch.tanh(_layer_norm(token, made.eps) * (1 + scale) + shift)
-        return token
-
-    return _tokens(x, token)
+@oracle
+@of_tokens
+def adaptive_layer_norm_zero(made: Any, token: Tensor, condition: Tensor) -> Tensor:
+    found = _modulation(made, condition).split(len(token))
+    for shift, scale, gate in (found[:3], found[3:]):
+        token = token + gate * torch.tanh(_layer_norm(token, made.eps) * (1 + scale) + shift)
+    return token
 
 
+@oracle
 def film(made: Any, x: Tensor, condition: Tensor) -> Tensor:
     y = x.clone()
     for n in range(len(x)):
@@ -62,42 +77,39 @@ def film(made: Any, x: Tensor, condition: Tensor) -> Tensor:
     return y
 
 
-def fix_norm(made: Any, x: Tensor) -> Tensor:
-    def token(n: int, token: Tensor) -> Tensor:
-        cosines = []
-        for row in made.weight.tolist():
-            dot = math.fsum(a * b for a, b in zip(row, token.tolist(), strict=True))
-            cosines.append(dot / math.hypot(*row) / math.hypot(*token.tolist()))
-        return made.gain * torch.tensor(cosines, dtype=x.dtype) + made.bias
-
-    return _tokens(x, token)
-
-
-def partial_rms_norm(made: Any, x: Tensor) -> Tensor:
-    def token(n: int, token: Tensor) -> Tensor:
-        first = token.tolist()[: int(made.features * made.fraction)]
-        return made.weight * token / (math.hypot(*first) / math.sqrt(len(first)) + made.eps)
-
-    return _tokens(x, token)
+@oracle
+@of_tokens
+def fix_norm(made: Any, token: Tensor) -> Tensor:
+    cosines = []
+    for row in made.weight.tolist():
+        dot = math.fsum(a * b for a, b in zip(row, token.tolist(), strict=True))
+        cosines.append(dot / math.hypot(*row) / math.hypot(*token.tolist()))
+    return made.gain * token.new_tensor(cosines) + made.bias
 
 
-def dynamic_erf(made: Any, x: Tensor) -> Tensor:
-    def token(n: int, token: Tensor) -> Tensor:
-        squashed = [math.erf(made.alpha.item() * v + made.shift.item()) for v in token.tolist()]
-        return made.weight * torch.tensor(squashed, dtype=x.dtype) + made.bias
-
-    return _tokens(x, token)
-
-
-def seed_norm(made: Any, x: Tensor) -> Tensor:
-    def token(n: int, token: Tensor) -> Tensor:
-        inner = math.fsum(v * b for v, b in zip(token.tolist(), made.beta.tolist(), strict=True))
-        rms = math.sqrt(math.fsum(v * v for v in token.tolist()) / len(token) + made.eps)
-        return (math.tanh(inner) * made.alpha + made.weight) * token / rms
-
-    return _tokens(x, token)
+@oracle
+@of_tokens
+def partial_rms_norm(made: Any, token: Tensor) -> Tensor:
+    first = token.tolist()[: int(made.features * made.fraction)]
+    return made.weight * token / (math.hypot(*first) / math.sqrt(len(first)) + made.eps)
 
 
+@oracle
+@of_tokens
+def dynamic_erf(made: Any, token: Tensor) -> Tensor:
+    squashed = [math.erf(made.alpha.item() * v + made.shift.item()) for v in token.tolist()]
+    return made.weight * token.new_tensor(squashed) + made.bias
+
+
+@oracle
+@of_tokens
+def seed_norm(made: Any, token: Tensor) -> Tensor:
+    inner = math.fsum(v * b for v, b in zip(token.tolist(), made.beta.tolist(), strict=True))
+    rms = math.sqrt(math.fsum(v * v for v in token.tolist()) / len(token) + made.eps)
+    return (math.tanh(inner) * made.alpha + made.weight) * token / rms
+
+
+@oracle
 def gated_rms_norm(made: Any, x: Tensor, gate: Tensor) -> Tensor:
     y, size = torch.empty_like(x), made.features // made.groups
     for n, t, g in product(*map(range, x.shape[:2]), range(made.groups)):
@@ -107,25 +119,17 @@ def gated_rms_norm(made: Any, x: Tensor, gate: Tensor) -> Tensor:
         before = values if made.norm_before_gate else [v * s for v, s in zip(values, silu, strict=True)]
         rms = math.sqrt(math.fsum(v * v for v in before) / size + made.eps)
         after = silu if made.norm_before_gate else [1.0] * size
-        y[n, t, part] = made.weight[part] * torch.tensor(
-            [v * s / rms for v, s in zip(before, after, strict=True)], dtype=x.dtype
-        )
+        y[n, t, part] = made.weight[part] * x.new_tensor([v * s / rms for v, s in zip(before, after, strict=True)])
     return y
 
 
-def query_key_norm(made: Any, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    gain = made.q_norm.weight.item()
-
-    def token(n: int, token: Tensor) -> Tensor:
-        q, parts = token.tolist(), []
-        for k in key[n].tolist():
-            dot = math.fsum(a * b for a, b in zip(q, k, strict=True))
-            parts.append(math.exp(gain * dot / math.hypot(*q) / math.hypot(*k)))
-        return sum(
-            (part / math.fsum(parts) * v for part, v in zip(parts, value[n], strict=True)), torch.zeros_like(token)
-        )
-
-    return _tokens(x, token)
+@oracle
+@of_tokens
+def query_key_norm(made: Any, token: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    gain, q = made.q_norm.weight.item(), token.tolist()
+    dots = [math.fsum(a * b for a, b in zip(q, k, strict=True)) / math.hypot(*q) / math.hypot(*k) for k in key.tolist()]
+    parts = [math.exp(gain * dot) for dot in dots]
+    return sum((part / math.fsum(parts) * v for part, v in zip(parts, value, strict=True)), torch.zeros_like(token))
 
 
 def _sigmoid(x: Tensor) -> Tensor:
@@ -149,6 +153,7 @@ def _steps(made: Any, x: Tensor, step: Callable[..., tuple[Tensor, ...]]) -> Ten
     return torch.stack(y)
 
 
+@oracle
 def layer_norm_rnn(made: Any, x: Tensor) -> Tensor:
     def step(cell: Any, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
         return torch.tanh(_normed(cell.norm, _linear(cell.weight_ih, None, x) + _linear(cell.weight_hh, None, h))), c
@@ -156,6 +161,7 @@ def layer_norm_rnn(made: Any, x: Tensor) -> Tensor:
     return _steps(made, x, step)
 
 
+@oracle
 def layer_norm_lstm(made: Any, x: Tensor) -> Tensor:
     def step(cell: Any, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
         before = _normed(cell.norm_hh, _linear(cell.weight_hh, None, h))
@@ -167,6 +173,7 @@ def layer_norm_lstm(made: Any, x: Tensor) -> Tensor:
     return _steps(made, x, step)
 
 
+@oracle
 def layer_norm_gru(made: Any, x: Tensor) -> Tensor:
     def step(cell: Any, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
         d = len(h)
@@ -178,52 +185,29 @@ def layer_norm_gru(made: Any, x: Tensor) -> Tensor:
     return _steps(made, x, step)
 
 
-def preconditioned_attention(made: Any, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    def token(n: int, token: Tensor) -> Tensor:
-        weights = ((token * key[n]).sum(-1) / math.sqrt(len(token))).exp()
-        row = (weights[:, None] * value[n]).sum(0) / weights.sum()
-        return row / row.square().sum().sqrt()
+@oracle
+@of_tokens
+def preconditioned_attention(made: Any, token: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    weights = ((token * key).sum(-1) / math.sqrt(len(token))).exp()
+    row = (weights[:, None] * value).sum(0) / weights.sum()
+    return row / row.square().sum().sqrt()
 
-    return _tokens(x, token)
 
-
+@oracle
 def conditioned_tokens(made: Any, x: Tensor) -> Tensor:
     """By the polar factor U V^T = X (X^T X)^(-1/2), from eigenvalues of X^T X."""
+    y = []
+    for sample in x:
+        squares, vectors = torch.linalg.eigh(sample.T @ sample)
+        polar = sample @ vectors @ torch.diag(squares.clamp_min(0).rsqrt()) @ vectors.T
+        y.append(sample.to(torch.float64) + squares.max().sqrt() * polar)
+    return torch.stack(y)
 
-    def sample(x: Tensor) -> Tensor:
-        squares, vectors = torch.linalg.eigh(x.T @ x)
-        polar = x @ vectors @ torch.diag(squares.clamp_min(0).rsqrt()) @ vectors.T
-        return x.to(torch.float64) + squares.max().sqrt() * polar
 
-    return torch.stack([sample(one) for one in x])
-
-
+@oracle
 def hypersphere_residual(made: Any, x: Tensor, branch: Tensor) -> Tensor:
-    rate = made.rate.weight * 0.05 * math.sqrt(made.features)
-
-    def moved_token(token: Tensor, target: Tensor) -> Tensor:
-        moved = token + rate * (target / math.hypot(*target.tolist()) - token)
-        return moved / math.hypot(*moved.tolist())
-
-    return torch.stack(
-        [torch.stack([moved_token(h, b) for h, b in zip(x[n], branch[n], strict=True)]) for n in range(len(x))]
-    )
-
-
-LAYER_ORACLES: dict[str, Callable[..., Tensor]] = {
-    "adaptive_layer_norm": adaptive_layer_norm,
-    "adaptive_layer_norm_zero": adaptive_layer_norm_zero,
-    "dynamic_erf": dynamic_erf,
-    "film": film,
-    "fix_norm": fix_norm,
-    "gated_rms_norm": gated_rms_norm,
-    "hypersphere_residual": hypersphere_residual,
-    "layer_norm_gru": layer_norm_gru,
-    "layer_norm_lstm": layer_norm_lstm,
-    "layer_norm_rnn": layer_norm_rnn,
-    "partial_rms_norm": partial_rms_norm,
-    "query_key_norm": query_key_norm,
-    "preconditioned_attention": preconditioned_attention,
-    "conditioned_tokens": conditioned_tokens,
-    "seed_norm": seed_norm,
-}
+    y, rate = torch.empty_like(x), made.rate.weight * 0.05 * math.sqrt(made.features)
+    for at in product(*map(range, x.shape[:2])):
+        moved = x[at] + rate * (branch[at] / math.hypot(*branch[at].tolist()) - x[at])
+        y[at] = moved / math.hypot(*moved.tolist())
+    return y

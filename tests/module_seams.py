@@ -22,8 +22,6 @@ from normkit.core.errors import NormkitError, OptionError
 from seam import forked, is_first, is_input_of_networks, is_layer, near, same, seam, steady
 from subjects import Subject, Values, gradients, leaves_of, output, pulled
 
-# Copies and files
-
 
 def again(copied: Callable[[Subject, Any], Any], *, leaves: bool = False) -> Callable[[Subject], None]:
     """A copy gives the same, bit for bit, and leaves the original as it was."""
@@ -96,9 +94,6 @@ def _(subject: Subject) -> None:
         same(output(made, *inputs), wanted)
 
 
-# Processes and threads
-
-
 @seam("fork")
 def _(subject: Subject) -> None:
     made, inputs = subject.fresh(), subject.inputs()
@@ -129,9 +124,6 @@ def _(subject: Subject) -> None:
     for thread in threads:
         thread.join()
     assert not wrong, wrong
-
-
-# Compilers and exporters
 
 
 def sizes(subject: Subject) -> Iterator[Values]:
@@ -183,11 +175,7 @@ def _(subject: Subject) -> None:
     near(output(traced, *other), output(made, *other), torch.float32)
 
 
-@seam(
-    "torch.compile, inductor",
-    lambda subject: subject.name in ("batch_norm", "weight_norm-Linear"),
-    "slow: one of each kind",
-)
+@seam("torch.compile, inductor", lambda one: one.name in ("batch_norm", "weight_norm-Linear"), "slow: one of each kind")
 def _(subject: Subject) -> None:
     made, inputs = subject.fresh().eval(), subject.inputs()
     torch._dynamo.reset()
@@ -209,9 +197,6 @@ def _(subject: Subject) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch's exporter uses what torch deprecates
         assert torch.onnx.export(made, inputs, dynamo=True, verbose=False) is not None
-
-
-# Wrappers
 
 
 _STEADY = "in evaluation where a second pass would compute something else"
@@ -282,9 +267,6 @@ def _(subject: Subject) -> None:
         model = nn.Sequential(nn.Conv2d(3, 4, 1).double().eval(), made)
         x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
         wanted = model(x)
-        for change in (
-            nn.SyncBatchNorm.convert_sync_batchnorm,
-            lambda model: nn.utils.fusion.fuse_conv_bn_eval(model[0], model[1]),
-        ):
-            with contextlib.suppress(NormkitError):  # refused with the cure is right too
-                near(change(copy.deepcopy(model))(x), wanted)
+    for change in (nn.SyncBatchNorm.convert_sync_batchnorm, lambda pair: nn.utils.fusion.fuse_conv_bn_eval(*pair)):
+        with contextlib.suppress(NormkitError):  # refused with the cure is right too
+            near(change(copy.deepcopy(model))(x), wanted)

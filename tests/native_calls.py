@@ -2,7 +2,7 @@
 
 import ctypes
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,17 +15,22 @@ from normkit.engine.abi import TYPES
 from normkit.engine.library import library
 from normkit.engine.prepared import NkPlan
 
-ACTIVATIONS: list[Callable[[Tensor], Tensor]] = [
-    lambda y: y,
-    torch.relu,
-    F.silu,
-    F.gelu,
-    lambda y: F.gelu(y, approximate="tanh"),
-]
+ACTIVATIONS: list[Callable] = [lambda y: y, torch.relu, F.silu, F.gelu, lambda y: F.gelu(y, approximate="tanh")]
 
 
 # Relative to the largest element of what is compared: a few roundings of the type that it is kept in.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+
+def in_threads(*counts: int) -> Iterator[int]:
+    """Each number of torch's threads in turn, and then what it was."""
+    before = torch.get_num_threads()
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            yield count
+    finally:
+        torch.set_num_threads(before)
 
 
 def make_plan(dtype: torch.dtype = torch.float32, parameter_dtype: torch.dtype | None = None, **fields: Any) -> NkPlan:
@@ -91,23 +96,12 @@ class Call:
             self.center = torch.empty(statistics, dtype=self.wide) if self.plan.centred else None
         self.y = torch.empty_like(self.x) if self.y is None else self.y
         self.total = None if self.residual is None else torch.empty_like(self.x)
-        tensors = (
-            self.x,
-            self.residual,
-            self.weight,
-            self.bias,
-            self.y,
-            self.total,
-            self.center,
-            self.inverse,
-            self.variance,
-        )
+        given = (self.x, self.residual, self.weight, self.bias)
+        tensors = (*given, self.y, self.total, self.center, self.inverse, self.variance)
         self.called("nk_forward", *tensors)
         return self.y
 
-    def backward(
-        self, dy: Tensor, dsum: Tensor | None = None, wanted: str = "x weight bias"
-    ) -> dict[str, Tensor | None]:
+    def backward(self, dy: Tensor, dsum: Tensor | None = None, wanted: str = "x weight bias") -> dict[str, Any]:
         x = self.x if self.total is None else self.total
         of = {"x": x, "weight": self.weight, "bias": self.bias}
         found = {n: torch.full_like(t, 7) if t is not None and n in wanted.split() else None for n, t in of.items()}
@@ -138,9 +132,7 @@ def places(plan: NkPlan) -> Tensor:
     return place
 
 
-def definition(
-    call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def definition(call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
     """Output, centre, 1 / scale and variance, from the plan's formulas in float64."""
     plan, dims = call.plan, (1, 3, 4)
     statistics = (plan.outer, 1, plan.kept, 1, 1)
@@ -248,13 +240,8 @@ def check(call: Call, chance: random.Random) -> None:
     expected = dict(zip(kept, torch.autograd.grad(y, list(kept.values()), dy.double()), strict=True))
     # dx is the difference of terms of this size.
     gain = 1 if call.weight is None else float((plan.offset + call.weight.double()).abs().max())
-    near(
-        found["x"],
-        expected["x"] + (0 if dsum is None else dsum.double()),
-        dtype,
-        1,
-        gain * float(inverse.detach().max()),
-    )
+    wanted_dx = expected["x"] + (0 if dsum is None else dsum.double())
+    near(found["x"], wanted_dx, dtype, 1, gain * float(inverse.detach().max()))
     # A gradient of parameters is a sum of so many terms, whose errors come together as those of a random walk do.
     walk = float(dy.double().abs().max()) * (call.x.numel() / min(plan.parameters, call.x.numel())) ** 0.5
     for name in ("weight", "bias"):

@@ -10,8 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from batch_oracles import BATCH_ORACLES
-from layer_oracles import LAYER_ORACLES
+from layer_oracles import ORACLES, oracle
 from normkit import Rule, Support
 
 
@@ -96,12 +95,55 @@ def _center_and_scale(rule: Rule, values: list[float]) -> tuple[float, float]:
     return center, bare + eps if statistic.guard == "outside" else max(bare, eps)
 
 
-# For a method that is not one rule: its training output, given the layer (for its parameters and buffers) and its inputs,
-# by loops or formulas of the paper, and by none of the code that it judges.
-ORACLES: dict[str, Callable[..., Tensor]] = {**BATCH_ORACLES, **LAYER_ORACLES}
+# Methods that are not one rule, see ORACLES
 
 
-def _local_response_norm(made, x: Tensor) -> Tensor:
+def _mean_and_var(values: list[float]) -> tuple[float, float]:
+    mean = math.fsum(values) / len(values)
+    return mean, math.fsum((v - mean) ** 2 for v in values) / len(values)
+
+
+@oracle
+def batch_renorm(made, x: Tensor) -> Tensor:
+    r_max, d_max = made.schedule(0)
+    y = torch.empty_like(x)
+    for c in range(x.shape[1]):
+        mean, var = _mean_and_var(x[:, c].flatten().tolist())
+        deviation = math.sqrt(var + made.eps)
+        r = min(max(deviation / made.running_std[c].item(), 1 / r_max), r_max)
+        d = min(max((mean - made.running_mean[c].item()) / made.running_std[c].item(), -d_max), d_max)
+        y[:, c] = made.weight[c] * ((x[:, c] - mean) / deviation * r + d) + made.bias[c]
+    return y
+
+
+@oracle
+def batch_channel_norm(made, x: Tensor) -> Tensor:
+    z, y = torch.empty_like(x), torch.empty_like(x)
+    for c in range(x.shape[1]):
+        mean, var = _mean_and_var(x[:, c].flatten().tolist())
+        z[:, c] = made.weight[c] * (x[:, c] - mean) / math.sqrt(var + made.eps) + made.bias[c]
+    size = x.shape[1] // made.num_groups
+    for n in range(x.shape[0]):
+        for g in range(made.num_groups):
+            group = slice(g * size, (g + 1) * size)
+            mean, var = _mean_and_var(z[n, group].flatten().tolist())
+            y[n, group] = made.group_weight[g] * (z[n, group] - mean) / math.sqrt(var + made.eps) + made.group_bias[g]
+    return y
+
+
+@oracle
+def est_batch_norm(made, x: Tensor) -> Tensor:
+    y, r = torch.empty_like(x), made.momentum
+    for c in range(x.shape[1]):
+        values, old = x[:, c].flatten().tolist(), made.running_mean[c].item()
+        mean = (1 - r) * old + r * math.fsum(values) / len(values)
+        var = (1 - r) * made.running_var[c].item() + r * math.fsum((v - old) ** 2 for v in values) / len(values)
+        y[:, c] = made.weight[c] * (x[:, c] - mean) / math.sqrt(var + made.eps) + made.bias[c]
+    return y
+
+
+@oracle
+def local_response_norm(made, x: Tensor) -> Tensor:
     y, (samples, channels, positions), reach = torch.empty_like(x), x.shape, made.size // 2
     for n, c, p in product(range(samples), range(channels), range(positions)):
         around = [x[n, j, p].item() ** 2 for j in range(max(0, c - reach), min(channels - 1, c + reach) + 1)]
@@ -109,7 +151,8 @@ def _local_response_norm(made, x: Tensor) -> Tensor:
     return y
 
 
-def _global_response_norm(made, x: Tensor) -> Tensor:
+@oracle
+def global_response_norm(made, x: Tensor) -> Tensor:
     y = torch.empty_like(x)
     for n in range(len(x)):
         rows = x[n] if made.over == "*" else x.transpose(0, 1).flatten(1)
@@ -120,7 +163,8 @@ def _global_response_norm(made, x: Tensor) -> Tensor:
     return y
 
 
-def _adaptive_instance_norm(made, x: Tensor, style: Tensor) -> Tensor:
+@oracle
+def adaptive_instance_norm(made, x: Tensor, style: Tensor) -> Tensor:
     y = torch.empty_like(x)
     for n, c in product(*map(range, x.shape[:2])):
         var, mean = torch.var_mean(x[n, c], correction=0)
@@ -130,7 +174,8 @@ def _adaptive_instance_norm(made, x: Tensor, style: Tensor) -> Tensor:
     return y
 
 
-def _filter_response_norm(made, x: Tensor) -> Tensor:
+@oracle
+def filter_response_norm(made, x: Tensor) -> Tensor:
     y = torch.empty_like(x)
     for n, c in product(*map(range, x.shape[:2])):
         square = math.fsum(v * v for v in x[n, c].tolist()) / x.shape[2]
@@ -139,25 +184,18 @@ def _filter_response_norm(made, x: Tensor) -> Tensor:
     return y if made.tau is None else y.maximum(made.tau[:, None])
 
 
-def _dynamic_tanh(made, x: Tensor) -> Tensor:
+@oracle
+def dynamic_tanh(made, x: Tensor) -> Tensor:
     e = (2 * made.alpha * x).exp()
     return made.weight * (e - 1) / (e + 1) + made.bias
-
-
-ORACLES |= {
-    "local_response_norm": _local_response_norm,
-    "global_response_norm": _global_response_norm,
-    "adaptive_instance_norm": _adaptive_instance_norm,
-    "filter_response_norm": _filter_response_norm,
-    "dynamic_tanh": _dynamic_tanh,
-}
 
 
 def _window(at: int, size: int | None, extent: int) -> range:
     return range(extent) if size is None else range(max(0, at - size // 2), min(extent, at + size - size // 2))
 
 
-def _local_contrast_norm(made, x: Tensor) -> Tensor:
+@oracle
+def local_contrast_norm(made, x: Tensor) -> Tensor:
     samples, channels, positions = x.shape
     square = torch.empty_like(x)
     for n, c, p in product(range(samples), range(channels), range(positions)):
@@ -170,7 +208,8 @@ def _local_contrast_norm(made, x: Tensor) -> Tensor:
     return y
 
 
-def _jarrett_contrast_norm(made, x: Tensor) -> Tensor:
+@oracle
+def jarrett_contrast_norm(made, x: Tensor) -> Tensor:
     samples, channels, positions = x.shape
 
     def blurred(n: int, p: int, value: Callable[[float], float], of: Tensor) -> float:
@@ -189,7 +228,8 @@ def _jarrett_contrast_norm(made, x: Tensor) -> Tensor:
     return y
 
 
-def _divisive_norm(made, x: Tensor) -> Tensor:
+@oracle
+def divisive_norm(made, x: Tensor) -> Tensor:
     def mean(field, of: Tensor) -> Tensor:
         found = torch.empty_like(of)
         for n, c, p in product(*map(range, of.shape)):
@@ -203,7 +243,8 @@ def _divisive_norm(made, x: Tensor) -> Tensor:
     return made.weight[:, None] * normalized + made.bias[:, None]
 
 
-def _lyu_simoncelli_norm(made, x: Tensor) -> Tensor:
+@oracle
+def lyu_simoncelli_norm(made, x: Tensor) -> Tensor:
     y = torch.empty_like(x)
     for n, c, p in product(*map(range, x.shape)):
         inside = _window(p, made.window, x.shape[2])
@@ -212,7 +253,8 @@ def _lyu_simoncelli_norm(made, x: Tensor) -> Tensor:
     return y
 
 
-def _heeger_norm(made, x: Tensor) -> Tensor:
+@oracle
+def heeger_norm(made, x: Tensor) -> Tensor:
     y = torch.empty_like(x)
     for n, c, p in product(*map(range, x.shape)):
         drive = [max(x[n, k, p].item(), 0.0) ** made.exponent for k in range(x.shape[1])]
@@ -221,16 +263,8 @@ def _heeger_norm(made, x: Tensor) -> Tensor:
     return y
 
 
-ORACLES |= {
-    "local_contrast_norm": _local_contrast_norm,
-    "jarrett_contrast_norm": _jarrett_contrast_norm,
-    "divisive_norm": _divisive_norm,
-    "lyu_simoncelli_norm": _lyu_simoncelli_norm,
-    "heeger_norm": _heeger_norm,
-}
-
-
-def _local_context_norm(made, x: Tensor) -> Tensor:
+@oracle
+def local_context_norm(made, x: Tensor) -> Tensor:
     y, size = torch.empty_like(x), made.channels_per_group
     for n, c, p in product(*map(range, x.shape)):
         first, around = c // size * size, _window(p, made.window, x.shape[2])
@@ -239,7 +273,8 @@ def _local_context_norm(made, x: Tensor) -> Tensor:
     return y
 
 
-def _gdn(made, x: Tensor) -> Tensor:
+@oracle
+def gdn(made, x: Tensor) -> Tensor:
     y = torch.empty_like(x)
     for n, c, p in product(*map(range, x.shape)):
         pool = math.fsum((made.gamma[c, k].item() * x[n, k, p].item()) ** 2 for k in range(x.shape[1]))
@@ -253,7 +288,8 @@ def _three_moments(x: Tensor, n: int, c: int) -> list[tuple[Tensor, Tensor]]:
     return [torch.var_mean(part, correction=0) for part in (x[n, c], x[n], x[:, c])]
 
 
-def _switchable_norm(made, x: Tensor) -> Tensor:
+@oracle
+def switchable_norm(made, x: Tensor) -> Tensor:
     y = torch.empty_like(x)
     of_mean, of_var = (w.exp() / w.exp().sum() for w in (made.mean_weight, made.var_weight))
     for n, c in product(*map(range, x.shape[:2])):
@@ -264,7 +300,8 @@ def _switchable_norm(made, x: Tensor) -> Tensor:
     return y
 
 
-def _exemplar_norm(made, x: Tensor) -> Tensor:
+@oracle
+def exemplar_norm(made, x: Tensor) -> Tensor:
     y = torch.empty_like(x)
     for n in range(len(x)):
         three = [_three_moments(x, n, c) for c in range(x.shape[1])]
@@ -282,7 +319,8 @@ def _exemplar_norm(made, x: Tensor) -> Tensor:
     return y
 
 
-def _conditional_norm(made, x: Tensor, condition: Tensor) -> Tensor:
+@oracle
+def conditional_instance_norm(made, x: Tensor, condition: Tensor) -> Tensor:
     y = torch.empty_like(x)
     for n, c in product(*map(range, x.shape[:2])):
         if made.classes is not None:
@@ -294,7 +332,8 @@ def _conditional_norm(made, x: Tensor, condition: Tensor) -> Tensor:
     return y
 
 
-def _spatially_adaptive_norm(made, x: Tensor, map: Tensor) -> Tensor:
+@oracle
+def spatially_adaptive_norm(made, x: Tensor, map: Tensor) -> Tensor:
     def convolved(layer, of: Tensor) -> Tensor:
         kernel = layer.weight[..., layer.weight.shape[-1] // 2]  # a sequence is an image of width one
         reach = kernel.shape[2] // 2
@@ -313,13 +352,4 @@ def _spatially_adaptive_norm(made, x: Tensor, map: Tensor) -> Tensor:
     return y
 
 
-ORACLES |= {
-    "local_context_norm": _local_context_norm,
-    "gdn": _gdn,
-    "igdn": _gdn,
-    "switchable_norm": _switchable_norm,
-    "exemplar_norm": _exemplar_norm,
-    "conditional_instance_norm": _conditional_norm,
-    "conditional_batch_norm": _conditional_norm,
-    "spatially_adaptive_norm": _spatially_adaptive_norm,
-}
+ORACLES["igdn"], ORACLES["conditional_batch_norm"] = gdn, conditional_instance_norm

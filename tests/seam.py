@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import traceback
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from interruption import forked
 from laws import channels_first
 from subjects import Subject, Values, output
 
@@ -90,23 +88,6 @@ def still(subject: Subject) -> Any:
     """The module in a mode in which a pass leaves no trace, as transforms of functions need it."""
     made = subject.fresh()
     return made.eval() if subject.card.running_state else made
-
-
-def forked(call: Callable[[], object]) -> int:
-    """How a child process ends that makes the call: 0, 1 after an exception, or minus the number of the signal that killed it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Python 3.12 warns of threads beside a fork
-        child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    code = 1
-    try:
-        call()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
 
 
 def refused(call: Callable[[], object]) -> None:

@@ -65,9 +65,6 @@ def output(made: nn.Module, *inputs: Tensor) -> Tensor:
     return y[0] if isinstance(y, tuple) else y
 
 
-# Weights, from the raw parameters that the layer holds
-
-
 def _per_unit(layer: nn.Module, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One row for each output unit, their means, their variances."""
     axis, groups = (1, layer.groups) if isinstance(layer, nn.ConvTranspose2d) else (0, 1)
@@ -81,20 +78,13 @@ def _from_units(layer: nn.Module, rows: Tensor, like: Tensor) -> Tensor:
     if not isinstance(layer, nn.ConvTranspose2d):
         return rows.view(like.shape)
     parts = like.chunk(layer.groups)
-    return torch.cat(
-        [
-            part.view(one.movedim(1, 0).shape).movedim(0, 1)
-            for part, one in zip(rows.chunk(layer.groups), parts, strict=True)
-        ]
-    )
+    pairs = zip(rows.chunk(layer.groups), parts, strict=True)
+    return torch.cat([part.view(one.movedim(1, 0).shape).movedim(0, 1) for part, one in pairs])
 
 
 def _weight_norm(layer: Any, part: Any, g: Tensor, v: Tensor) -> Tensor:
-    return (
-        g
-        * v
-        / v.square().sum([axis for axis in range(v.dim()) if not g.dim() or g.shape[axis] == 1], keepdim=True).sqrt()
-    )
+    over = [axis for axis in range(v.dim()) if not g.dim() or g.shape[axis] == 1]
+    return g * v / v.square().sum(over, keepdim=True).sqrt()
 
 
 def _spectral_norm(layer: Any, part: Any, v: Tensor) -> Tensor:
@@ -199,9 +189,6 @@ SUBJECTS = [
     *(_parametrized(card, "Linear") for card in WEIGHT_FORMS),
     *map(_fitted, INPUTS),
 ]
-
-
-# Derivatives
 
 
 def moved(made: nn.Module, inputs: Values, lines: int = 1) -> Callable[..., Tensor]:

@@ -118,12 +118,8 @@ def test_citations_are_of_what_is_in_the_model() -> None:
         nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2)),
         nk.weights.weight_conditioning(nn.Linear(2, 2)),
     )
-    assert {card.name for card in methods_in(model)} == {
-        "batch_norm",
-        "rms_norm",
-        "spectral_norm",
-        "weight_conditioning",
-    }
+    names = {"batch_norm", "rms_norm", "spectral_norm", "weight_conditioning"}
+    assert {card.name for card in methods_in(model)} == names
     text = cite(model)
     assert text.count("@misc") == 4
     assert cite(nn.Linear(2, 2)) == ""

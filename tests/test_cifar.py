@@ -53,11 +53,8 @@ def test_reads_every_image_once_with_its_label(tmp_path: Path, python2: bool) ->
     assert [len(split) for split in data.splits.values()] == [180, 20, 100]
     assert [counts(split) for split in data.splits.values()] == [[18] * 10, [2] * 10, [10] * 10]
     rows = [pickle.loads((folder / f"data_batch_{k}").read_bytes(), encoding="bytes") for k in range(1, 6)]
-    written = {
-        tuple(image): label
-        for part in rows
-        for image, label in zip(part[b"data"].tolist(), part[b"labels"], strict=True)
-    }
+    pairs = [zip(part[b"data"].tolist(), part[b"labels"], strict=True) for part in rows]
+    written = {tuple(image): label for pair in pairs for image, label in pair}
     found = {}
     for split in (data.train, data.val):
         found |= {tuple(x.flatten().tolist()): int(y) for x, y in zip(pixels(split), split.targets, strict=True)}
@@ -122,9 +119,7 @@ def test_root_may_be_the_environments_or_the_folder_itself(root: Path, monkeypat
 
 def test_no_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NORMKIT_DATA", raising=False)
-    with pytest.raises(
-        ProtocolError, match=r"^no folder of data sets is given; use --data-root DIR or set .* NORMKIT_DATA"
-    ):
+    with pytest.raises(ProtocolError, match=r"^no folder of data sets is given; use --data-root .* NORMKIT_DATA"):
         make_data(load_factory("cifar10", DATA), "cifar10")
 
 
@@ -142,9 +137,7 @@ def test_truncated_at_any_place(root: Path) -> None:
     whole = path.read_bytes()
     for length in [*range(0, 400, 7), *range(400, len(whole) - 1, len(whole) // 40), len(whole) - 1]:
         path.write_bytes(whole[:length])
-        with pytest.raises(
-            ProtocolError, match=r"data_batch_2 .*delete .* and download CIFAR-10 again \(--download\), or unpack"
-        ):
+        with pytest.raises(ProtocolError, match=r"data_batch_2 .*delete .* and download .* \(--download\), or unpack"):
             cifar10(root)
 
 
@@ -169,10 +162,7 @@ def test_damaged_bytes_never_raise_anything_else(root: Path) -> None:
     ("change", "words"),
     [
         (lambda part: part.pop(b"data"), "data is a NoneType; wanted bytes"),
-        (
-            lambda part: part.update({b"data": part[b"data"][:, :-1]}),
-            r"data is uint8 \(40, 3071\); wanted bytes \(n, 3072\)",
-        ),
+        (lambda part: part.update({b"data": part[b"data"][:, :-1]}), r"data is uint8 \(40, 3071\); wanted .*3072"),
         (lambda part: part.update({b"data": part[b"data"].astype(float)}), "data is float64"),
         (lambda part: part.update({b"data": [[1, 2]]}), "data is a list"),
         (lambda part: part.pop(b"labels"), "labels is a NoneType; wanted a list of integers"),
@@ -190,20 +180,20 @@ def test_content_of_another_kind(root: Path, change: Callable[[dict], Any], word
         cifar10(root)
 
 
-class Attack:
-    def __init__(self, target: Path) -> None:
-        self.target = target
+class Made:
+    """Pickles as a call of something by its name, with a state given to what comes back."""
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.target),)
+    def __init__(self, call: Any, given: tuple[Any, ...], state: Any = None) -> None:
+        self.made = (call, given) if state is None else (call, given, state)
+
+    def __reduce__(self) -> Any:
+        return self.made
 
 
 def test_pickles_run_no_code(tmp_path: Path) -> None:
     path, target = tmp_path / "evil", tmp_path / "made_by_the_pickle"
-    write_pickle(path, {b"data": Attack(target)}, python2=False)
-    with pytest.raises(
-        ProtocolError, match=r"evil asks for (posix|nt)\.mkdir, which no data set needs; it is not loaded; go"
-    ):
+    write_pickle(path, {b"data": Made(os.mkdir, (str(target),))}, python2=False)
+    with pytest.raises(ProtocolError, match=r"evil asks for (posix|nt)\.mkdir, which .*; it is not loaded; go"):
         read_pickle(path, "go")
     assert not target.exists()
     path.write_bytes(pickle.dumps([1]))
@@ -262,9 +252,7 @@ def test_experiments_make_the_folder_that_they_download_into(tmp_path: Path, mon
 
 def test_download_that_fails(tmp_path: Path) -> None:
     there, root = archive(tmp_path), tmp_path / "root"
-    with pytest.raises(
-        ProtocolError, match=r"cannot fetch file://.*absent.*; look at the network .*or fetch .* by hand and unpack"
-    ):
+    with pytest.raises(ProtocolError, match=r"cannot fetch file://.*absent.*; look at .*or fetch .* by hand"):
         download(dataclasses.replace(there, url=there.url + "absent"), root)
     with pytest.raises(ProtocolError, match=r"gave \d+ bytes with SHA-256 .*, not the published file .*thrown away"):
         download(dataclasses.replace(there, sha256="0" * 64), root)
@@ -313,16 +301,6 @@ def test_real_data(factory: Callable[..., Data], classes: int) -> None:
     assert_close(torch.tensor(data.train.prepare.mean), torch.tensor(published), rtol=0, atol=2e-3)
     x, _ = data.train.batch(torch.arange(256), CPU)
     assert data.augment(x, torch.Generator().manual_seed(0)).isfinite().all()
-
-
-class Made:
-    """Pickles as a call of something by its name, with a state given to what comes back."""
-
-    def __init__(self, call: Any, given: tuple[Any, ...], state: Any = None) -> None:
-        self.made = (call, given) if state is None else (call, given, state)
-
-    def __reduce__(self) -> Any:
-        return self.made
 
 
 RECONSTRUCT = np.empty(0).__reduce__()[0]

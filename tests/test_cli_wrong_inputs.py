@@ -28,10 +28,7 @@ WORDS = [
     ("compare --seeds 1,1", "seeds is (1, 1); wanted", "different seeds from 0"),
     ("compare --rates 0.1,fast", "rates is '0.1,fast'; wanted different learning rates above 0"),
     ("compare --rates 0.1,-1", "rates is (0.1, -1.0); wanted different learning rates above 0"),
-    (
-        "compare --optimizer adm",
-        "optimizer is 'adm'; wanted sgd or adam or adamw or muon or muoneq; did you mean 'adam'?",
-    ),
+    ("compare --optimizer adm", "optimizer is 'adm'; wanted sgd or adam or adamw or", "did you mean 'adam'?"),
     ("compare --schedule cosin", "schedule is 'cosin'; wanted", "did you mean 'cosine'?"),
     ("compare --on-refusal leaf", "on_refusal is 'leaf'; wanted raise or leave; did you mean 'leave'?"),
     ("compare --momentum 1", "momentum is 1.0; wanted from 0 to below 1"),
@@ -79,16 +76,6 @@ CODE = [
     ("--data wrong_inputs:data_raises", "raised FileNotFoundError", "here: data"),
     ("--data wrong_inputs:broken_rows", "IndexError", "here: sample"),
     ("--data wrong_inputs:collates_wrong", "TypeError", "here: collate"),
-    ("--data wrong_inputs:no_test", "a dict with train, tset; wanted a dict with ", "leave 'tset' out"),
-    ("--data wrong_inputs:endless", "train is a generator; wanted "),
-    ("--data wrong_inputs:empty", "train is empty"),
-    ("--data wrong_inputs:shorter", "do not match 160 targets in length"),
-    ("--data wrong_inputs:negative", "targets hold -1 at ", "wanted class indices from 0"),
-    ("--model wrong_inputs:three_classes --data wrong_inputs:beyond", "returned 3 logits, but the highest label is 6"),
-    ("--data wrong_inputs:one_hot", "one-hot"),
-    ("--data wrong_inputs:text", "ant"),
-    ("--data wrong_inputs:one_class", "a single class", "give samples of two or more classes"),
-    ("--data wrong_inputs:infinity", "inputs hold infinity at [5, 3]", "clean the data"),
     ("--data lab_samples:nan_labels", "targets hold NaN at [7]"),
     ("--recipes gn:3", "gn:3: 1: 16 channels do not split into 3 groups"),
     ("--recipes keep,keep+ws,keep+e", "choose other recipes with --recipes, such as keep,keep+e"),
@@ -173,11 +160,6 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
     refused([*COMPARE, "--output", "file/out"], "cannot write", "choose another --output")
     refused(["report", "."], "holds neither result.json nor config.json, so it is no record of normkit")
     refused(["report", "file"], "file is a file, not a folder; give a folder of records")
-
-
-def test_a_folder_of_another_comparison() -> None:
-    assert CliRunner().invoke(app, COMPARE).exit_code == 0
-    refused([*COMPARE, "--epochs", "2"], "epochs", "choose another --output, or --overwrite")
 
 
 def test_torchrun_and_extras_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,21 +27,16 @@ from normkit.lab.settings import Settings  # noqa: E402
 from normkit.lab.sweep import sweep  # noqa: E402
 
 # Ray and what it stands on leave sockets to the collector and use what Python has deprecated.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
-)
+IGNORED = (f"ignore::{kind}Warning" for kind in ("Resource", "Deprecation", "Future"))
+pytestmark = pytest.mark.filterwarnings(*IGNORED)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent / "src")])
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 * 2**20,
-        runtime_env={"env_vars": {"PYTHONPATH": path}},
-    )
+    runtime = {"env_vars": {"PYTHONPATH": path}}
+    quiet = {"include_dashboard": False, "log_to_driver": False}
+    ray.init(num_cpus=2, object_store_memory=100 * 2**20, runtime_env=runtime, **quiet)
     yield
     ray.shutdown()
 
@@ -91,17 +86,13 @@ def test_a_worker_lost_again_and_again_is_told(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("normkit.lab.cluster.RETRIES", 1)
     sweep(doomed, [Walk("left", 0)], tmp_path, ray="local", say=lambda text: None)
     before = records(tmp_path)
-    with pytest.raises(
-        BackendError, match=r"left/seed=1: its worker was lost 2 times .*larger --threads; the same command"
-    ):
+    with pytest.raises(BackendError, match=r"left/seed=1: its worker was lost 2 times .*larger --threads; the same"):
         sweep(doomed, [Walk("left", seed) for seed in (0, 1)], tmp_path, ray="local", say=lambda text: None)
     assert records(tmp_path) == before != {}
 
 
 def test_more_threads_than_any_machine_has(tmp_path: Path) -> None:
-    with pytest.raises(
-        OptionError, match=r"threads is 3, .* no machine of the cluster has more than 2; give --threads"
-    ):
+    with pytest.raises(OptionError, match=r"threads is 3, .* no machine of the cluster has more than 2; give"):
         sweep(walk, [Walk("left", 0)], tmp_path, ray="local", threads=3, say=lambda text: None)
 
 

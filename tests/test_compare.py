@@ -2,9 +2,8 @@
 
 import json
 import os
+import random
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from io import StringIO
@@ -16,24 +15,19 @@ import torch
 from rich.console import Console
 
 import lab_samples
-from lab_samples import SMALL
-from normkit.core.errors import OptionError, ProtocolError, RecordError
+from interruption import Stop, at_call, forked
+from lab_samples import SMALL, files
+from lab_samples import compared as ran
+from normkit.core.errors import RecordError
 from normkit.lab import record
 from normkit.lab.comparison import compare, kept
 from normkit.lab.experiments import reshow
 from normkit.lab.progress import Watch, tell
 from normkit.lab.say import Terminal
-from normkit.lab.settings import Settings
 from normkit.lab.study import Run
-from normkit.lab.train.trainer import Trainer
-from seam import forked
+from processes import torchrun
 
 TESTS = Path(__file__).parent
-
-
-def ran(folder: Path, settings: Settings = SMALL, **options: Any) -> dict[str, Any]:
-    given: dict[str, Any] = {"model": lab_samples.model, "data": lab_samples.data, "report": False, **options}
-    return compare(settings, folder, console=Console(quiet=True), **given)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +45,7 @@ def lasting(result: dict[str, Any]) -> Any:
     return [lasting(value) for value in result] if isinstance(result, list) else result
 
 
-def found(folder: Path) -> dict[str, Any]:
+def result_of(folder: Path) -> dict[str, Any]:
     return record.read_json(folder / "result.json")["result"]
 
 
@@ -91,18 +85,6 @@ def test_all_recipes_start_alike(whole: Path) -> None:
     assert len({config["origin"]["init_sha256"] for config in configs}) == 2
 
 
-def test_a_finished_comparison_is_read_back(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def times() -> dict[Path, int]:
-        files = (path for path in whole.rglob("*") if path.is_file() and path.name != "result.md")
-        return {path: path.stat().st_mtime_ns for path in files}
-
-    before = times()
-    monkeypatch.setattr(Trainer, "train", lambda *given: pytest.fail("trained again"))
-    result = ran(whole)
-    assert result == record.read_json(whole / "result.json")
-    assert times() == before
-
-
 def test_a_users_words_are_printed_as_they_are(tmp_path: Path) -> None:
     folder, text = tmp_path / "d[/]2 c[red]6" / "a:cancer:b", StringIO()
     settings = replace(
@@ -113,12 +95,8 @@ def test_a_users_words_are_printed_as_they_are(tmp_path: Path) -> None:
     for _ in range(2):  # a second time, it is read back
         compare(settings, folder, console=console, **given)
     reshow(folder, console)
-    for words in (
-        f": 2 recipes, 1 rate, 1 seed, 1 epoch per run; records in {folder}",
-        f"{folder} holds this",
-        f"result   {folder}",
-        f"report   {folder}",
-    ):
+    begun = f": 2 recipes, 1 rate, 1 seed, 1 epoch per run; records in {folder}"
+    for words in (begun, f"{folder} holds this", f"result   {folder}", f"report   {folder}"):
         assert words in text.getvalue()
 
 
@@ -167,119 +145,70 @@ def test_another_configuration_in_the_folder(whole: Path) -> None:
         ran(whole, model=lab_samples.one_output)
 
 
-def test_a_folder_of_something_else_is_none_of_a_comparison(tmp_path: Path) -> None:
-    config = {"experiment": "table1", "scale": "small", "epochs": None, "threads": 1, "seeds": [0]}
-    for of, whose in ((config, "the experiment table1"), (SMALL.record("cpu"), "a comparison by an earlier normkit")):
-        record.write_json(tmp_path / "config.json", of)
-        record.write_json(tmp_path / "runs/keep/rate=0.1/seed=0/result.json", {})
-        with pytest.raises(RecordError, match=f"holds records of {whose}, not of a comparison; choose another"):
-            ran(tmp_path)
-    record.write_json(tmp_path / "result.json", {"schema": 1, "title": "keep", "recipes": []})
-    with pytest.raises(RecordError, match=r"a comparison by an earlier normkit; .*--overwrite"):
-        reshow(tmp_path)
-
-
-def names(folder: Path) -> set[Path]:
-    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
-
-
-def kill_loop(folder: Path, seed: int, kills: int) -> int:
-    words = [sys.executable, str(TESTS / "kill_loop.py"), str(folder), str(seed), str(kills)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout.split()[-1])
-
-
 @pytest.fixture(scope="module")
 def unkilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unkilled") / "out"
-    assert kill_loop(folder, 0, kills=0) == 0
+    ran(folder, LONGER)
     return folder
+
+
+LONGER = replace(SMALL, recipes=("keep", "keep+e@first_last"), epochs=6)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_killed_at_any_instant_it_ends_alike(tmp_path: Path, unkilled: Path, seed: int) -> None:
-    killed = tmp_path / "killed"
-    assert 3 <= kill_loop(killed, seed, kills=12) <= 12  # a lucky child may come to the end early
-    files = names(unkilled)
-    assert files == names(killed)
-    exact = [name for name in files if name.match("seed=*/*") and not name.name.startswith("timing")]
+    draw, kills = random.Random(seed), 0
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def begun(operation: str, count: int, after: bool, seconds: float) -> None:
+        """Dies beside a file operation or when a time is over, whichever comes first."""
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # whose signal ends the process
+        with at_call(os, operation, count, die, after=after):
+            ran(tmp_path, LONGER)
+
+    for _ in range(12):
+        drawn = draw.choice(("fsync", "replace")), draw.randint(1, 40), draw.random() < 0.5, draw.uniform(0.1, 0.8)
+        kills += forked(lambda drawn=drawn: begun(*drawn)) < 0
+    assert kills >= 3  # a lucky child may come to the end early
+    ran(tmp_path, LONGER)
+    found, wanted = files(tmp_path), files(unkilled)
+    assert found.keys() == wanted.keys()
+    exact = [name for name in found if "/seed=" in name and "/timing" not in name]
     assert len(exact) == 6 * 5  # the lock among them
-    for name in exact:
-        assert (killed / name).read_bytes() == (unkilled / name).read_bytes()
-    assert lasting(found(killed)) == lasting(found(unkilled))
+    assert {name: found[name] for name in exact} == {name: wanted[name] for name in exact}
+    assert lasting(result_of(tmp_path)) == lasting(result_of(unkilled))
 
 
-class Interrupt(BaseException):
-    """Stands for an interruption in the middle of a comparison."""
+def interrupted(folder: Path, after: int) -> None:
+    with at_call(record, "write_checkpoint", after, after=True), pytest.raises(Stop):
+        ran(folder)
 
 
-def interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    real, left = record.write_checkpoint, after
-
-    def write(*given: Any) -> None:
-        nonlocal left
-        real(*given)
-        left -= 1
-        if not left:
-            raise Interrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(record, "write_checkpoint", write)
-        with pytest.raises(Interrupt):
-            ran(folder)
-
-
-def test_damaged_checkpoint_loses_nothing_else(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupted(tmp_path, monkeypatch, after=5)
+def test_damaged_checkpoint_loses_nothing_else(tmp_path: Path, whole: Path) -> None:
+    interrupted(tmp_path, after=5)
     (path,) = tmp_path.glob("runs/*/*/*/checkpoint.pt")
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(RecordError, match=r"checkpoint\.pt is damaged.*only this run is trained again"):
         ran(tmp_path)
     for entry in path.parent.iterdir():
         entry.unlink()
-    assert lasting(ran(tmp_path)["result"]) == lasting(found(whole))
+    assert lasting(ran(tmp_path)["result"]) == lasting(result_of(whole))
 
 
 @pytest.mark.parametrize("name", ["config.json", "environment.json", "runs/keep/rate=0.05/seed=0/result.json"])
-def test_damaged_record_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    interrupted(tmp_path, monkeypatch, after=4)
+def test_damaged_record_is_named(tmp_path: Path, name: str) -> None:
+    interrupted(tmp_path, after=4)
     (tmp_path / name).write_text('{"status"')
     with pytest.raises(RecordError, match=f"{name} is damaged"):
         ran(tmp_path)
 
 
-def test_changed_data_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupted(tmp_path, monkeypatch, after=4)
-    changed = lab_samples.changed(test=lab_samples.data()["train"])
-    changed.__module__, changed.__qualname__ = lab_samples.data.__module__, lab_samples.data.__qualname__
+def test_changed_data_is_noticed(tmp_path: Path) -> None:
+    interrupted(tmp_path, after=4)
     with pytest.raises(RecordError, match="data_sha256 is "):
-        ran(tmp_path, data=changed)
-
-
-def test_full_disk_in_the_middle_is_resumed(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, left = os.fsync, 20
-
-    def fsync(handle: int) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise OSError(28, "No space left on device")
-        real(handle)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fsync)
-        with pytest.raises(RecordError, match=r"No space left on device.*same command to go on"):
-            ran(tmp_path)
-    assert lasting(ran(tmp_path)["result"]) == lasting(found(whole))
-
-
-def test_overwrite_begins_anew(tmp_path: Path) -> None:
-    once = replace(SMALL, recipes=("keep",), seeds=(0,), rates=(0.1,), epochs=1)
-    ran(tmp_path, once)
-    again = ran(tmp_path, replace(once, epochs=2), overwrite=True)
-    assert again["config"]["epochs"] == 2
-    assert not (tmp_path / "runs" / "keep" / "rate=0.05").exists()
+        ran(tmp_path, data=lab_samples.other_data)
 
 
 def same_each_time() -> torch.nn.Module:
@@ -295,9 +224,7 @@ def test_seeds_that_begin_with_the_same_weights_are_told(tmp_path: Path, model: 
 
 
 def sizes_unknown() -> torch.nn.Module:
-    return torch.nn.Sequential(
-        torch.nn.LazyLinear(8), torch.nn.LazyBatchNorm1d(), torch.nn.ReLU(), torch.nn.LazyLinear(3)
-    )
+    return torch.nn.Sequential(torch.nn.LazyLinear(8), torch.nn.LazyBatchNorm1d(), torch.nn.LazyLinear(3))
 
 
 def test_layers_that_learn_their_sizes_from_the_data(tmp_path: Path) -> None:
@@ -327,37 +254,11 @@ def test_when_everything_diverges(tmp_path: Path, recipes: tuple[str, ...]) -> N
     assert (tmp_path / "report.html").stat().st_size > 0
 
 
-def test_a_rate_that_diverges_is_not_chosen(tmp_path: Path) -> None:
-    settings = replace(SMALL, recipes=("keep",), rates=(0.01, 1e30))
-    result = ran(tmp_path, settings, model=lab_samples.one_output, data=lab_samples.regression)["result"]
-    (recipe,) = result["recipes"]
-    assert [row["status"] for row in recipe["sweep"]] == ["ok", "diverged"]
-    assert recipe["rate"] == 0.01
-    assert result["task"]["score"] == "r2"
-
-
 def test_two_processes_under_torchrun(tmp_path: Path) -> None:
     words = "--recipes keep,keep+e --seeds 1 --rates 0.1 --epochs 2 --batch-size 32 --no-report --accelerator cpu"
     factories = ["--model", "lab_samples:model", "--data", "lab_samples:data", "--output", str(tmp_path / "out")]
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    run += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    path = os.pathsep.join(map(str, (TESTS.parent / "src", TESTS)))
-    environ = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    run += ["-m", "normkit.cli", "compare", *words.split(), *factories]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=300, env=environ, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    out = torchrun("normkit.cli", "compare", *words.split(), *factories, folder=tmp_path)
     kept_record = json.loads((tmp_path / "out" / "result.json").read_text())
     assert kept_record["config"]["device"] == "cpu x 2"
     assert [recipe["runs"][0]["status"] for recipe in kept_record["result"]["recipes"]] == ["ok", "ok"]
-    assert done.stdout.count("best of") == 2
-
-
-def test_processes_that_fabric_cannot_start(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="precision=3-bit"):
-        ran(tmp_path, replace(SMALL, precision="3-bit"))
-
-
-def test_bad_input_leaves_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(ProtocolError, match="returned a str"):
-        ran(tmp_path / "out", model=lab_samples.no_module)
-    assert not (tmp_path / "out").exists()
+    assert out.count("best of") == 2

@@ -12,15 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from scipy.stats import ttest_rel
 
 import lab_samples
 from comparison_records import write_comparison
 from normkit.core.errors import OptionError, RecordError
-from normkit.lab import record, task
+from normkit.lab import record, stats, task
 from normkit.lab.budget import fit, measure
-from normkit.lab.comparison import _begun_with, _planned, compare, remarks, tables
+from normkit.lab.comparison import _begun_with, _planned, remarks, tables
 from normkit.lab.settings import Settings
-from normkit.lab.stats import FURTHER, detectable, holm, over_seeds, over_seeds_and_samples, seeds_for, tune
+from normkit.lab.stats import detectable, holm, over_seeds, over_seeds_and_samples, paired_interval
 from normkit.lab.study import Made, Study
 from normkit.lab.train.fabric import Processes, start_fabric
 
@@ -28,9 +29,8 @@ SMALL = replace(lab_samples.SMALL, extend=True)
 
 
 def ran(folder: Path, settings: Settings = SMALL, text: StringIO | None = None, **options: Any) -> dict[str, Any]:
-    console = Console(quiet=True) if text is None else Console(file=text, width=300)
-    options = {"model": lab_samples.model, "data": lab_samples.data, "report": False, **options}
-    return compare(settings, folder, console=console, **options)["result"]
+    console = {} if text is None else {"console": Console(file=text, width=300)}
+    return lab_samples.compared(folder, settings, **console, **options)["result"]
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,15 @@ def test_a_sweep_extends_until_the_best_rate_is_inside(best: float, powers: list
     def look(found: Any) -> dict[str, Any]:
         return {"status": "ok", "score": found["score"], "loss": None, "reached": 1}
 
-    (row,) = tune(
-        Bowl(best), lambda *_: {}, {"a": [Try(rate) for rate in rates]}, look, lambda _, rate: Try(rate)
-    ).values()
+    jobs = {"a": [Try(rate) for rate in rates]}
+    (row,) = stats.tune(Bowl(best), lambda *_: {}, jobs, look, lambda _, rate: Try(rate)).values()
     tried = [run["rate"] for run in row["sweep"]]
     below, above = sum(rate < rates[0] for rate in tried), sum(rate > rates[-1] for rate in tried)
     assert tried == sorted(set(tried))
     assert {*rates} <= {*tried}
-    assert max(below, above) <= FURTHER
+    assert max(below, above) <= stats.FURTHER
     # Where it still lies at an edge, as many were tried beyond that edge as may be.
-    assert not row["edge"] or FURTHER == (below if row["rate"] == tried[0] else above)
+    assert not row["edge"] or stats.FURTHER == (below if row["rate"] == tried[0] else above)
     assert row["edge"] or tried[0] < row["rate"] < tried[-1]
 
 
@@ -85,19 +84,15 @@ def test_further_rates_are_said_and_recorded(tmp_path: Path) -> None:
     assert [recipe["extended"] for recipe in plain["recipes"]] == [[], []]
 
 
-COSTS = {
-    "keep": {"ratio": 1.0, "ratio_interval": None},
-    "keep+e": {"ratio": 1.5, "ratio_interval": (1.4, 1.6)},
-}
+COSTS = {"keep": {"ratio": 1.0, "ratio_interval": None}, "keep+e": {"ratio": 1.5, "ratio_interval": (1.4, 1.6)}}
 
 
 @pytest.fixture
 def slower(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of the second recipe takes half as long again."""
     shared = {"ms_per_step": 2.0, "ms_quartiles": [1.0, 3.0], "mb_per_step": 1.0, "rounds": 6}
-    monkeypatch.setattr(
-        "normkit.lab.study.measure_costs", lambda *given: {name: {**shared, **cost} for name, cost in COSTS.items()}
-    )
+    costs = {name: {**shared, **cost} for name, cost in COSTS.items()}
+    monkeypatch.setattr("normkit.lab.study.measure_costs", lambda *given: costs)
 
 
 @pytest.mark.usefixtures("slower")
@@ -109,9 +104,8 @@ def test_equal_time_is_a_training_of_its_own(tmp_path: Path, monkeypatch: pytest
     short = ran(tmp_path / "short", replace(settings, epochs=2, equal_time=False))["recipes"][1]
     assert slow["equal_time"]["test_score"] == short["test_score"]
     pairs = zip(short["runs"], base["runs"], strict=True)
-    assert slow["equal_time"]["paired"]["differences"] == [
-        one["test_score"] - other["test_score"] for one, other in pairs
-    ]
+    differences = [one["test_score"] - other["test_score"] for one, other in pairs]
+    assert slow["equal_time"]["paired"]["differences"] == differences
     monkeypatch.setattr("normkit.lab.study.Trainer.train", lambda *given: pytest.fail("trained again"))
     text = StringIO()
     ran(tmp_path / "out", settings, text)  # read back
@@ -125,13 +119,10 @@ def test_hours_of_a_full_training(tmp_path: Path) -> None:
     assert slow["full_hours"] == pytest.approx(1.5 * base["full_hours"])
 
 
-@given(
-    st.floats(11, 1e6),
-    st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=4),
-    st.integers(1, 100),
-    st.booleans(),
-    st.booleans(),
-)
+SECONDS = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=4)
+
+
+@given(st.floats(11, 1e6), SECONDS, st.integers(1, 100), st.booleans(), st.booleans())
 def test_a_budget_is_kept(budget: float, seconds: list[float], epochs: int, extend: bool, equal: bool) -> None:
     settings = Settings(budget=budget, epochs=epochs, extend=extend, equal_time=equal)
     times = {str(place): each for place, each in enumerate(seconds)}
@@ -196,8 +187,7 @@ def test_resampled_intervals(tmp_path: Path) -> None:
     plain = ran(tmp_path, settings)["recipes"][1]["paired"]
     found = ran(tmp_path, replace(settings, resample=True))["recipes"][1]["paired"]
     assert (plain["covers"], found["covers"]) == (["seeds"], ["seeds", "test samples"])
-    assert found["mean"] == plain["mean"]
-    assert (found["low"] + found["high"]) / 2 == pytest.approx(found["mean"])
+    assert (found["mean"], (found["low"] + found["high"]) / 2) == (plain["mean"], pytest.approx(found["mean"]))
     assert found["high"] - found["low"] > 0
 
 
@@ -240,7 +230,7 @@ def test_a_detectable_difference_is_found_in_four_of_five(seeds: int, level: flo
     shown = sum(each is not None and each.ends(level)[0] > 0 for each in found)
     # A share of 0.8 among 4,000 has the standard deviation 0.0063; four of these.
     assert shown / 4000 == pytest.approx(0.8, abs=0.026)
-    assert seeds_for(detectable(0.7, seeds, level) * (1 + 1e-9), 0.7, level) == seeds
+    assert stats.seeds_for(detectable(0.7, seeds, level) * (1 + 1e-9), 0.7, level) == seeds
 
 
 def test_verdicts_on_all_recipes_together(tmp_path: Path) -> None:
@@ -259,5 +249,32 @@ def test_what_is_free_changes_over_the_runs_that_are_there(tmp_path: Path, monke
     monkeypatch.setattr("normkit.lab.study.Trainer.train", lambda *given: pytest.fail("trained again"))
     narrow = ran(tmp_path, replace(SMALL, extend=False, level=0.5, target=0.1, rates=(0.2,)))
     assert [len(recipe["sweep"]) for recipe in narrow["recipes"]] == [1, 1]
-    assert narrow["target"]["score"] == 0.1
-    assert narrow["recipes"][1]["paired"]["level"] == 0.5
+    assert (narrow["target"]["score"], narrow["recipes"][1]["paired"]["level"]) == (0.1, 0.5)
+
+
+@pytest.mark.parametrize("count", [2, 3, 10])
+@pytest.mark.parametrize("level", [0.5, 0.95, 0.99])
+def test_equals_scipy(count: int, level: float) -> None:
+    rng = np.random.default_rng(count)
+    ours, theirs = rng.normal(0.9, 0.02, count), rng.normal(0.88, 0.02, count)
+    expected = ttest_rel(ours, theirs).confidence_interval(level)
+    found = paired_interval(list(ours - theirs), level)
+    assert found.low == pytest.approx(expected.low, rel=1e-9)  # two ways to sum a few doubles
+    assert (found.high, found.mean) == (pytest.approx(expected.high, rel=1e-9), pytest.approx(np.mean(ours - theirs)))
+
+
+@pytest.mark.parametrize(
+    ("differences", "mean", "end"), [([], None, None), ([0.25], 0.25, None), ([0.5] * 3, 0.5, 0.5)]
+)
+def test_few_and_equal_differences(differences: list[float], mean: float | None, end: float | None) -> None:
+    found = paired_interval(differences)
+    assert (found.mean, found.low, found.high) == (mean, end, end)
+
+
+def test_differences_that_agree_to_the_last_digit_decide_nothing() -> None:
+    from normkit.lab.report.wording import judge
+
+    paired = {"mean": 0.01, "low": 0.01, "high": 0.01, "n": 3}
+    recipe = {"recipe": "bn+e", "test_score": {"mean": 0.9, "n": 3}, "runs": [{"status": "ok"}], "paired": paired}
+    assert judge(recipe, "bn") == "even"
+    assert judge({**recipe, "paired": {**paired, "low": 0.005}}, "bn") == "better"

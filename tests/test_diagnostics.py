@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,16 +17,14 @@ from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 import normkit as nk
+from foreign_norms import wired
 from normkit.cli import app
 from normkit.core.errors import OptionError, SurgeryError
-from normkit.diagnostics.activations import Stream, activations
-from normkit.diagnostics.conditioning import condition_number
-from normkit.diagnostics.conditions import conditions, spectrum
-from normkit.diagnostics.gap import gap
+from normkit.diagnostics import activations, condition_number, conditions, gap
+from normkit.diagnostics.activations import Stream
+from normkit.diagnostics.conditioning import spectrum
 from normkit.lab.report.weights import depth_figure
 from normkit.weights.weight_conditioning import equilibrate, weight_conditioning
-
-# Conditions
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (5, 7), (40, 6), (1, 4)], ids=str)
@@ -81,11 +80,7 @@ def test_every_weight_is_reported_before_and_after() -> None:
     assert_close(last.condition, condition_number(model.last.weight))
     assert_close(model.state_dict(), state, rtol=0, atol=0)
     read = json.loads(json.dumps([row.json() for row in found.values()], allow_nan=False))
-    assert read[0]["condition"] == found["words"].condition
-    assert len(read[0]["spectrum"]) == 8
-
-
-# Activations
+    assert (read[0]["condition"], len(read[0]["spectrum"])) == (found["words"].condition, 8)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.integers(0, 99))
@@ -121,8 +116,7 @@ def test_the_signal_of_every_module() -> None:
     assert_close((tanh.mean, tanh.std), (y.mean().item(), y.std(correction=0).item()), rtol=1e-5, atol=1e-6)
     assert_close(tanh.saturated, (y.abs() > 0.98).float().mean().item(), rtol=1e-6, atol=0)
     assert (tanh.saturated or 0) > 0.5
-    assert found[2].dead == 0.25
-    assert found[2].saturated == 0
+    assert (found[2].dead, found[2].saturated) == (0.25, 0)
     assert found[0].saturated is None
     assert (found[5].gradient_std or 0) > 0
     assert activations(model, [x for x, _ in batches])[0].gradient_std is None
@@ -136,39 +130,33 @@ def test_the_gradient_is_that_of_the_output() -> None:
     assert_close(row.gradient_std, model[1].weight.detach().std(correction=0).item())
 
 
-class Twice(nn.Module):
+def twice(reentrant: bool = False) -> nn.Module:
     """A checkpointed layer, a conditioned one, and attention, whose projection is not called by itself."""
 
-    def __init__(self, reentrant: bool = False) -> None:
-        super().__init__()
-        self.body, self.last, self.reentrant = nn.Linear(4, 4), weight_conditioning(nn.Linear(4, 3)), reentrant
-        self.mix = nn.MultiheadAttention(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = checkpoint(self.body, x.clone().requires_grad_(), use_reentrant=self.reentrant)
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = checkpoint(self.body, x.clone().requires_grad_(), use_reentrant=reentrant)
         return self.last(self.mix(x, x, x)[0])
+
+    parts = {"body": nn.Linear(4, 4), "last": weight_conditioning(nn.Linear(4, 3)), "mix": nn.MultiheadAttention(4, 2)}
+    return wired(forward, **parts)
 
 
 def test_every_call_counts_once() -> None:
     x, y = torch.randn(6, 4), torch.randint(3, (6,))
-    compiled = torch.compile(Twice(), backend="eager")
+    compiled = torch.compile(twice(), backend="eager")
     compiled(x)  # compiled code calls no hooks
-    for model in (Twice(), compiled):
+    for model in (twice(), compiled):
         found = {row.name.removeprefix("_orig_mod."): row for row in activations(model, [(x, y)], F.cross_entropy)}
         assert {name: row.elements for name, row in found.items()} == {"body": 24, "mix": 24, "last": 18}
         assert all(row.gradient_std for row in found.values())
     with pytest.raises(OptionError, match="use_reentrant=False"):
-        activations(Twice(True), [(x, y)], F.cross_entropy)
-
-
-# The gap
+        activations(twice(True), [(x, y)], F.cross_entropy)
 
 
 def shifted() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(4, 6), nk.BatchNorm(6), nn.ReLU(), nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
-    )
+    norms = nk.BatchNorm(6), nn.BatchNorm1d(6)
+    model = nn.Sequential(nn.Linear(4, 6), norms[0], nn.ReLU(), nn.Linear(6, 6), norms[1], nn.Linear(6, 3))
     batches = [(torch.randn(32, 4), torch.randint(3, (32,))) for _ in range(3)]
     nk.recalibrate(model, batches)
     model[1].running_mean += 2.0
@@ -214,8 +202,6 @@ def test_gaps_that_can_not_be_measured() -> None:
     model[1] = torch.compile(model[1], backend="eager")
     assert gap(model, batches)[0].name == "1"
 
-
-# The command and the figures
 
 MINE = """
 from torch import nn

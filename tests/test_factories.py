@@ -1,7 +1,8 @@
-"""Factories by their names, and what the lab brings with it: splits, handwritten digits, scores."""
+"""What a comparison is given: settings, factories by their names, splits, handwritten digits, scores."""
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from torch import nn
 
 from normkit.core.errors import OptionError, ProtocolError
 from normkit.lab import task
+from normkit.lab.comparison import command, default_output
 from normkit.lab.data.digits import digits
 from normkit.lab.data.split import Split, hold_out, subset
 from normkit.lab.protocol import DATA, MODELS, load_factory, make_model
+from normkit.lab.settings import Reports, Settings, Site, first_seeds
 
 
 def tensor(split: Split) -> torch.Tensor:
@@ -22,11 +25,8 @@ def tensor(split: Split) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("nonsense", "names no factory; wanted one of inception, .*, or package.module:factory"),
         ("a:", "names no factory"),
-        ("not_there:model", "there is no module 'not_there'"),
         ("json.not_there:model", r"there is no module 'json.not_there'"),
-        ("lab_samples:modle", "lab_samples has no 'modle'; it has .*model"),
         ("math:pi", "a float; wanted a factory"),
         ("normkit.core:model", "has no 'model'"),
     ],
@@ -34,21 +34,6 @@ def tensor(split: Split) -> torch.Tensor:
 def test_import_paths(name: str, words: str) -> None:
     with pytest.raises(ProtocolError, match=words):
         load_factory(name, MODELS)
-
-
-def test_module_that_fails_on_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "broken_on_import.py").write_text("1 / 0\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    with pytest.raises(ProtocolError, match="raised ZeroDivisionError"):
-        load_factory("broken_on_import:model", MODELS)
-
-
-def test_current_folder_is_importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "only_here.py").write_text("class Made:\n    def model():\n        return 5\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    assert load_factory("only_here:Made.model", MODELS)() == 5
 
 
 def test_the_current_folder_is_behind_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,12 +98,6 @@ def test_ignored_tokens_count_for_nothing() -> None:
     assert padded == 0
 
 
-def test_built_in_names() -> None:
-    for builtin in (MODELS, DATA):
-        for name in builtin:
-            assert callable(load_factory(name, builtin))
-
-
 def test_subset_of_any_split() -> None:
     targets = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
     split = Split(targets, torch.arange(100))
@@ -131,3 +110,34 @@ def test_subset_of_any_split() -> None:
     assert len(subset(Split(torch.randn(10), torch.randn(10)), 4)) == 4
     with pytest.raises(OptionError, match="a subset of 101 is wanted of 100 samples"):
         subset(split, 101)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"seeds": ()}, "wanted at least one seed"),
+        ({"seeds": (0, 0)}, "different seeds"),
+        ({"rates": (float("nan"),)}, "above 0"),
+        ({"rates": (0.1, 0.1)}, "different learning rates"),
+        ({"optimizer": "muoneq", "strategy": "fsdp"}, "muoneq needs whole matrices"),
+        ({"strategy": "pipeline"}, "strategy is 'pipeline'; wanted auto or ddp or fsdp"),
+        ({"clip": 0.0}, "clip is 0.0; wanted a length above 0"),
+        ({"ema": 1.0}, "ema is 1.0"),
+        ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
+        ({"target": float("nan")}, "target is nan"),
+    ],
+)
+def test_settings_outside_their_range(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        Settings(**options)
+
+
+def test_the_command_says_what_differs() -> None:
+    settings = Settings(model="a.b:c", seeds=first_seeds(5), rates=(0.5, 0.1), condition=False, target=0.9)
+    words = "normkit compare --model a.b:c --seeds 5 --rates 0.1,0.5 --target 0.9 --no-condition"
+    assert command(settings, Site(default_output(settings))) == words
+    assert command(Settings(), Site(Path("else where"))) == "normkit compare --output 'else where'"
+    assert command(Settings(), Site(Path("runs/digits-inception"), Path("sets"))) == "normkit compare --data-root sets"
+    site = Site(Path("out"), Path("sets"), ray="local", threads=2, tensorboard=True)
+    words = "normkit compare --output out --data-root sets --ray --threads 2 --tensorboard --no-report"
+    assert command(Settings(), site, Reports(report=False, overwrite=True)) == words

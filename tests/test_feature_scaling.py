@@ -8,12 +8,11 @@ from sklearn import preprocessing
 from torch import Tensor
 from torch.testing import assert_close
 
+from normkit import Support
 from normkit.core.errors import OptionError, ProtocolError, ShapeError
-from normkit.core.support import Support
+from normkit.preprocessing import GlobalContrast, RobustScaling, UnitLength, Whitening
 from normkit.preprocessing.feature_scaling import MaxAbsScaling, MeanNormalization, MinMaxScaling, ZScore
 from normkit.preprocessing.image_standardization import PUBLISHED, ImageStandardization
-from normkit.preprocessing.robust_scaling import RobustScaling
-from normkit.preprocessing.sample_scaling import GlobalContrast, UnitLength
 
 PAIRS = [
     (lambda: MinMaxScaling(), lambda: preprocessing.MinMaxScaler()),
@@ -48,9 +47,8 @@ def test_equals_scikit_learn(pair: tuple, shape: tuple[int, int], scale: float, 
         assert_close(ours(z), torch.from_numpy(theirs.transform(z.numpy())), rtol=1e-9, atol=1e-9)
     if hasattr(theirs, "inverse_transform"):
         y = ours(x)
-        assert_close(
-            ours.inverse_transform(y), torch.from_numpy(theirs.inverse_transform(y.numpy())), rtol=1e-9, atol=1e-9
-        )
+        wanted = torch.from_numpy(theirs.inverse_transform(y.numpy()))
+        assert_close(ours.inverse_transform(y), wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_unit_length_by_the_largest_element() -> None:
@@ -101,12 +99,8 @@ def test_statistics_of_the_training_set_over_any_support(make, low, high, mean, 
     assert y.shape == x.shape
     if dims is None:
         y, dims = y.view(5, 2, 3, 4), (0, 2, 3)
-    for wanted, found in (
-        (low, y.amin(dims)),
-        (high, y.amax(dims)),
-        (mean, y.mean(dims)),
-        (std, y.std(dims, correction=0)),
-    ):
+    measured = y.amin(dims), y.amax(dims), y.mean(dims), y.std(dims, correction=0)
+    for wanted, found in zip((low, high, mean, std), measured, strict=True):
         if wanted is not None:
             assert_close(found, torch.full_like(found, wanted), rtol=1e-9, atol=1e-9)
     if isinstance(make(support), MeanNormalization):
@@ -163,9 +157,8 @@ def test_published_constants_on_bytes_and_on_floats(dataset: str) -> None:
     assert_close(ImageStandardization(dataset, layout="n * c")(images.movedim(1, -1)).movedim(-1, 1), wanted)
     assert_close(ImageStandardization(dataset, layout="c *")(images[0]), wanted[0])
     assert_close(module.inverse_transform(wanted), images.float() / 255)
-    assert_close(
-        ImageStandardization(dataset, maximum=255).inverse_transform(wanted), images.float(), rtol=1e-5, atol=1e-4
-    )
+    back = ImageStandardization(dataset, maximum=255).inverse_transform(wanted)
+    assert_close(back, images.float(), rtol=1e-5, atol=1e-4)
     with pytest.raises(ShapeError):
         module(torch.ones(2, 5, 3, 5))
 
@@ -209,3 +202,79 @@ def test_global_contrast_of_images() -> None:
     assert_close(weak[0], wanted)
     faint = torch.tensor([[1e-10, -1e-10]], dtype=torch.float64)
     assert_close(GlobalContrast()(faint), faint / 1e-8)
+
+
+def correlated(samples: int = 400, features: int = 5) -> Tensor:
+    torch.manual_seed(1)
+    mix = torch.randn(features, features, dtype=torch.float64)
+    scales = torch.logspace(-1, 1, features, dtype=torch.float64)
+    return torch.randn(samples, features, dtype=torch.float64) @ mix * scales + torch.linspace(3, -2, features).double()
+
+
+def covariance(x: Tensor) -> Tensor:
+    return x.mT.cov(correction=0)
+
+
+@pytest.mark.parametrize("method", ["pca", "zca"])
+def test_covariance_becomes_the_identity(method: str) -> None:
+    x = correlated()
+    z = Whitening(method, eps=0.0).fit(x)(x)
+    # The covariance's condition is some 1e4, so inverses lose four of sixteen digits.
+    assert_close(covariance(z), torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-9)
+    assert_close(z.mean(0), torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-9)
+    damped = covariance(Whitening(method, eps=1e-2).fit(x)(x))
+    values = torch.linalg.eigvalsh(covariance(x))
+    assert_close(torch.linalg.eigvalsh(damped), values / (values + 1e-2), rtol=1e-9, atol=1e-9)
+
+
+def test_zca_is_the_symmetric_root_and_pca_a_rotation_of_it() -> None:
+    x = correlated()
+    pca, zca = Whitening("pca", eps=0.0).fit(x), Whitening(eps=0.0).fit(x)
+    assert_close(pca(x) @ pca.eigenvectors.mT, zca(x), rtol=1e-9, atol=1e-9)
+    root = torch.linalg.solve(zca.covariance, zca(torch.eye(5, dtype=torch.float64)) - zca(torch.zeros(1, 5).double()))
+    assert_close(root @ zca.covariance, (root @ zca.covariance).mT, rtol=1e-6, atol=1e-6)
+    assert (pca.eigenvalues.diff() <= 0).all()
+    assert (pca.eigenvectors.gather(0, pca.eigenvectors.abs().argmax(0, keepdim=True)) > 0).all()
+
+
+def test_without_equalizing_the_variances_stay() -> None:
+    x = correlated()
+    z = Whitening("pca", equalize=False).fit(x)(x)
+    assert_close(covariance(z), torch.linalg.eigvalsh(covariance(x)).flip(0).diag(), rtol=1e-9, atol=1e-9)
+    assert_close(Whitening("pca", equalize=False).fit(x).inverse_transform(z), x)
+
+
+@pytest.mark.parametrize("method", ["pca", "zca"])
+@given(features=st.integers(1, 6), rank=st.integers(1, 6), samples=st.integers(1, 12))
+def test_directions_without_variance_are_dropped(method: str, features: int, rank: int, samples: int) -> None:
+    x = torch.randn(samples, rank, dtype=torch.float64) @ torch.randn(rank, features, dtype=torch.float64) + 2
+    white = Whitening(method, eps=0.0, rank_tolerance=1e-8).fit(x)
+    z = white(x)
+    kept = min(features, rank, samples - 1)
+    assert white.eigenvalues.shape == (kept,)
+    assert z.shape == (samples, kept if method == "pca" else features)
+    rest = z - z.mean(0)
+    spectrum = torch.linalg.eigvalsh(rest.mT @ rest / samples).flip(0)
+    wanted = torch.zeros(z.shape[1], dtype=torch.float64)
+    wanted[:kept] = 1
+    # Variances down to 1e-8 of the largest are kept, and those have half of their digits.
+    assert_close(spectrum, wanted, rtol=0, atol=1e-5)
+    assert_close(white.inverse_transform(z), x, rtol=1e-6, atol=1e-6)
+
+
+def test_components_keep_the_largest_variances() -> None:
+    x = correlated()
+    two, all_ = Whitening("pca", components=2).fit(x), Whitening("pca").fit(x)
+    assert_close(two(x), all_(x)[:, :2])
+    left = (two.inverse_transform(two(x)) - x).square().sum(1).mean()
+    assert_close(left, all_.eigenvalues[2:].sum(), rtol=1e-6, atol=1e-6)
+
+
+def test_channels_of_images_are_whitened_over_positions() -> None:
+    x = correlated(6 * 4 * 4, 3).view(6, 4, 4, 3).movedim(-1, 1)
+    support = Support("n c *", over="n *")
+    white = Whitening("pca", eps=0.0, support=support).fit(x)
+    z = white(x)
+    assert z.shape == x.shape
+    assert_close(covariance(z.movedim(1, -1).reshape(-1, 3)), torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-9)
+    assert_close(white.inverse_transform(z), x, rtol=1e-9, atol=1e-9)

@@ -1,6 +1,5 @@
 """Fields on balls and on solids: they learn, resume exactly, and their reports say what happened."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,12 @@ from normkit.lab.data.spheres import spheres
 from normkit.lab.experiment import Bench
 from normkit.lab.experiments import shape, table4
 from normkit.lab.fields.occupancy import OccupancyJob, extract, learn_solid, surface_of, write_mesh
-from normkit.lab.fields.radiance import RadianceJob, decode, find_scene, learn_scene
+from normkit.lab.fields.radiance import RadianceJob, decode, learn_scene
 from normkit.lab.fields.rendering import psnr
 from normkit.lab.models.nerf import nerf
 from normkit.lab.models.rows import scale_rows
 from normkit.lab.perform import perform
 from normkit.lab.seeding import epoch_order
-from normkit.lab.train import walk as loops
 
 SCENE: dict[str, Any] = {"width": 8, "depth": 3, "reduce": 12, "rays": 16, "coarse": 6, "fine": 6}
 SCENE |= {"steps": 6, "rate": 1e-3, "every": 2}
@@ -36,39 +34,12 @@ def on_balls(**options: Any) -> RadianceJob:
 
 
 def on_a_torus(**options: Any) -> OccupancyJob:
-    return OccupancyJob(
-        "torus", "plain", **{"recipe": "none", "kind": "gaussian", "seed": 0, "rate": 1e-2, **SOLID, **options}
-    )
+    rest = {"recipe": "none", "kind": "gaussian", "seed": 0, "rate": 1e-2}
+    return OccupancyJob("torus", "plain", **{**rest, **SOLID, **options})
 
 
 def bench(output: Path, scale: Any = "small", **options: Any) -> Bench:
     return Bench(scale, output, console=Console(quiet=True), **options)
-
-
-@pytest.mark.parametrize(("learn", "make", "middle"), [(learn_scene, on_balls, 4), (learn_solid, on_a_torus, 6)])
-def test_resume_is_exact(
-    learn: Callable[[Any, Path], Any], make: Any, middle: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = make(recipe="none+e@re:trunk")
-    whole = learn(job, tmp_path / "whole")
-    real, done = loops.reseed, []
-
-    def reseed(seed: int, purpose: str, number: int = 0) -> None:
-        if number == middle and not done.count(middle):
-            done.append(number)
-            raise KeyboardInterrupt
-        done.append(number)
-        real(seed, purpose, number)
-
-    monkeypatch.setattr(loops, "PAUSE", 0.0)
-    monkeypatch.setattr(loops, "reseed", reseed)
-    with pytest.raises(KeyboardInterrupt):
-        learn(job, tmp_path / "parts")
-    assert (tmp_path / "parts" / "checkpoint.pt").exists()
-    assert learn(job, tmp_path / "parts") == whole
-    assert done == [*range(1, middle + 1), *range(middle, done[-1] + 1)]  # not all again
-    for name in ("mesh.ply", "mesh.obj"):
-        assert len({(tmp_path / part / name).exists() for part in ("whole", "parts")}) == 1
 
 
 def test_a_run_without_a_number_ends(tmp_path: Path) -> None:
@@ -79,15 +50,10 @@ def test_a_run_without_a_number_ends(tmp_path: Path) -> None:
     assert scene["psnr"] is solid["iou"] is None
 
 
-# Radiance of balls
-
-
 def test_what_a_run_gives(tmp_path: Path) -> None:
     found = learn_scene(on_balls(epochs=1, every=42), tmp_path)
     pixels = 21 * 8 * 8
-    assert found["pixels"] == pixels
-    assert found["steps"] == pixels // 16
-    assert found["views"] == [0, 8, 16]
+    assert (found["pixels"], found["steps"], found["views"]) == (pixels, pixels // 16, [0, 8, 16])
     assert len(found["psnr"]) == 3
     assert [row["step"] for row in found["curve"]] == [42, 84]
     assert found["curve"][-1]["rate"] == pytest.approx(1e-3 * 0.1**0.8, rel=0.03)
@@ -98,9 +64,8 @@ def test_what_a_run_gives(tmp_path: Path) -> None:
 
 
 def test_it_learns_a_scene(tmp_path: Path) -> None:
-    found = learn_scene(
-        on_balls(width=32, reduce=6, rays=64, coarse=24, fine=12, steps=200, every=200, rate=3e-3), tmp_path
-    )
+    job = on_balls(width=32, reduce=6, rays=64, coarse=24, fine=12, steps=200, every=200, rate=3e-3)
+    found = learn_scene(job, tmp_path)
     scene = spheres(16)
     white = psnr(float((scene.images[[0, 8, 16]] - 1).square().mean()))
     # An empty scene is white.
@@ -140,18 +105,9 @@ def test_jobs(tmp_path: Path) -> None:
     assert (job.width, job.depth, job.rays, job.coarse, job.fine, job.steps) == (256, 8, 1024, 64, 64, 200_000)
 
 
-def test_without_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NORMKIT_DATA", str(tmp_path))
-    with pytest.raises(ProtocolError, match=r"fern is missing; unpack nerf_llff_data.zip"):
-        find_scene("fern")
-    with pytest.raises(ProtocolError, match=r"lego is missing; unpack nerf_synthetic.zip"):
-        find_scene("lego")
-
-
 def test_a_run_that_diverged_is_told_and_rates_are_the_best_tried(tmp_path: Path) -> None:
     found = perform(table4.EXPERIMENT, bench(tmp_path, "tiny", seeds=(0, 1)))["result"]
-    assert len(found["runs"]) == 2 + 2 + 5
-    assert set(found["pictures"]["spheres"]) == set(table4.ROWS)
+    assert (len(found["runs"]), set(found["pictures"]["spheres"])) == (2 + 2 + 5, set(table4.ROWS))
     assert {row["rate"] for row in found["rates"].values()} == {1e-3}
     ours, _, rates, time, _ = table4.tables(found)
     assert rates.columns == ["method", "0.001", "1e+30"]
@@ -167,19 +123,13 @@ def test_a_run_that_diverged_is_told_and_rates_are_the_best_tried(tmp_path: Path
 def test_what_is_left_of_a_scene_is_not_judged() -> None:
     def said(conditioned: list[float | None]) -> str:
         scores = {table4.PLAIN: [10.0, 11.0, 12.0], table4.CONDITIONED: conditioned}
-        runs = [
-            {"scene": "spheres", "row": row, "seed": seed, "score": score}
-            for row, values in scores.items()
-            for seed, score in enumerate(values)
-        ]
+        found = [(row, seed, score) for row, values in scores.items() for seed, score in enumerate(values)]
+        runs = [{"scene": "spheres", "row": row, "seed": seed, "score": score} for row, seed, score in found]
         return table4._verdict({"runs": runs}, "spheres")
 
     assert "2.00 dB above NeRF (95 % interval +0.76 to +3.24, better);" in said([11.5, 13.0, 14.5])
     assert "(95 % interval -4.60 to +8.10, 2 of 3 seeds, not judged);" in said([11.25, 13.25, None])
     assert "(one seed, no interval);" in said([11.5])
-
-
-# Occupancy of solids
 
 
 def test_extracted_torus_has_its_volume() -> None:
@@ -196,9 +146,8 @@ def test_what_leaves_the_cube_is_closed() -> None:
     vertices, faces = extract(lambda p: 1.2 - p.norm(dim=1), 24)
     assert trimesh.Trimesh(vertices, faces).is_watertight
     # The ball of radius 1.2 less six caps of height 0.2: 4/3 pi r^3 - 6 pi h^2 (r - h/3).
-    assert volume(vertices, faces) == pytest.approx(
-        4 / 3 * np.pi * 1.2**3 - 6 * np.pi * 0.04 * (1.2 - 0.2 / 3), rel=0.06
-    )
+    wanted = 4 / 3 * np.pi * 1.2**3 - 6 * np.pi * 0.04 * (1.2 - 0.2 / 3)
+    assert volume(vertices, faces) == pytest.approx(wanted, rel=0.06)
 
 
 def test_nothing_learnt_is_an_empty_surface(tmp_path: Path) -> None:
@@ -232,9 +181,8 @@ def test_points_are_permuted_once_an_epoch(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_it_learns_a_solid(tmp_path: Path) -> None:
-    found = learn_solid(
-        on_a_torus(width=32, depth=3, points=8000, batch=500, epochs=12, every=6, grid=24, rate=3e-3), tmp_path
-    )
+    job = on_a_torus(width=32, depth=3, points=8000, batch=500, epochs=12, every=6, grid=24, rate=3e-3)
+    found = learn_solid(job, tmp_path)
     assert found["iou"] > 0.75
     assert [row["epoch"] for row in found["curve"]] == [6, 12]
     assert found["true_volume"] == pytest.approx(torus().volume, rel=0.1)
@@ -258,9 +206,8 @@ def test_solids_and_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert shape.solids(with_data) == ("bunny", "armadillo")
     assert shape.solids(Bench("full", tmp_path, data_root=tmp_path)) == ("bunny", "armadillo", "spot")
     assert [len(tried) for tried in shape.sweeps(with_data, "bunny").values()] == [4] * 9
-    jobs = shape.jobs(
-        with_data, ("bunny", "armadillo"), {key: jobs[0] for key, jobs in shape.sweeps(with_data, "bunny").items()}
-    )
+    chosen = {key: jobs[0] for key, jobs in shape.sweeps(with_data, "bunny").items()}
+    jobs = shape.jobs(with_data, ("bunny", "armadillo"), chosen)
     assert len({job.path for job in jobs}) == len(jobs) == 2 * 3 * 3 + 2 * 3
     tried = shape.sweeps(Bench("full", tmp_path, data_root=tmp_path), "bunny")[f"gaussian {shape.PLAIN}"]
     assert [job.rate for job in tried] == [1e-5, 1e-4, 1e-3]

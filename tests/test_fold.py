@@ -1,5 +1,6 @@
 import pickle
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -7,16 +8,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations as torchs
 from torch.nn.utils import parametrize
 
-from foreign_norms import lived_in
-from normkit.activations.batch_norm import BatchNorm
-from normkit.activations.batch_renorm import BatchRenorm
-from normkit.activations.ghost_batch_norm import GhostBatchNorm
-from normkit.activations.mean_only_batch_norm import MeanOnlyBatchNorm
+from foreign_norms import lived_in, wired
+from normkit import BatchNorm, BatchRenorm, GhostBatchNorm, MeanOnlyBatchNorm, apply_recipe, fold
 from normkit.core.errors import SurgeryError
-from normkit.surgery.fold import fold
-from normkit.surgery.recipe import apply_recipe
-from normkit.weights.weight_conditioning import weight_conditioning
-from normkit.weights.weight_norm import weight_norm
+from normkit.weights import weight_conditioning, weight_norm
 
 # What a chain of three layers may lose to rounding when its factors are multiplied in another order.
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -89,9 +84,7 @@ def test_members_of_the_family_that_have_nothing_to_fold_by_are_left():
     norms = [MeanOnlyBatchNorm(4, track_running_stats=False), nn.BatchNorm1d(4, track_running_stats=False)]
     changed = BatchRenorm(4)
     changed.forward = lambda x: x * x  # pyright: ignore
-    for norm, note in zip(
-        [*norms, changed], ["no running statistics", "no running statistics", "replaced"], strict=True
-    ):
+    for norm, note in zip([*norms, changed], [*2 * ["no running statistics"], "replaced"], strict=True):
         model = lived_in(nn.Sequential(nn.Linear(3, 4), norm))
         assert note in fold(model, torch.randn(2, 3).double()).passed_over[0].reason
 
@@ -112,16 +105,12 @@ def test_only_what_can_be_folded_is_folded():
 
 
 def test_the_output_of_the_model_is_read():
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
 
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            features = self.conv(x)
-            return {"features": features, "logits": self.norm(features)}
+    def both(self: Any, x: Tensor) -> dict[str, Tensor]:
+        features = self.conv(x)
+        return {"features": features, "logits": self.norm(features)}
 
-    model = lived_in(Both())
+    model = lived_in(wired(both, conv=nn.Conv2d(3, 4, 1), norm=nn.BatchNorm2d(4)))
     assert "read elsewhere" in fold(model, {"x": torch.randn(2, 3, 4, 4, dtype=torch.float64)}).passed_over[0].reason
 
 
@@ -155,9 +144,8 @@ def test_layers_with_hooks_and_channels_elsewhere_are_left():
     "recipe", ["keep+ws", "keep+wn", "keep+sn", "keep+e@all", "keep+e:col", "keep+ws+e@all", "bn+wn+e:rowcol"]
 )
 def test_parametrizations_are_baked_in_exactly(recipe):
-    net = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 6, 3, groups=2), nn.Flatten(), nn.Linear(150, 4)
-    )
+    images = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 6, 3, groups=2)
+    net = nn.Sequential(*images, nn.Flatten(), nn.Linear(150, 4))
     model, x = lived_in(net), torch.randn(2, 3, 5, 5).double()
     plain = list(model.state_dict())
     model[0].weight.requires_grad_(False)
@@ -217,47 +205,24 @@ def test_putting_a_method_on_a_copy_leaves_the_original():
     twin(x)
 
 
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.embedding(tokens))
+def tied() -> Any:
+    model = wired(lambda self, x: self.head(self.words(x)), words=nn.Embedding(9, 4), head=nn.Linear(4, 9, bias=False))
+    model.head.weight = model.words.weight
+    return model
 
 
 def test_tied_weights_are_not_untied():
-    model = Tied()
+    model, tokens = tied(), torch.tensor([[1, 5]])
     apply_recipe(model, "keep+e")
-    assert model.head.parametrizations.weight.original is model.embedding.weight
-    with pytest.raises(SurgeryError, match=r"head: its raw weight is tied to that of embedding.*untie"):
+    assert model.head.parametrizations.weight.original is model.words.weight
+    with pytest.raises(SurgeryError, match=r"head: its raw weight is tied to that of words.*untie"):
         fold(model)
     assert parametrize.is_parametrized(model.head)
-
-
-def test_weights_that_are_tied_and_parametrized_alike_stay_tied():
-    model, tokens = Tied(), torch.tensor([[1, 5]])
-    apply_recipe(model, "keep+e@re:.")
+    apply_recipe(model := tied(), "keep+e@re:.")  # parametrized alike they stay tied
     wanted = model(tokens)
     fold(model)
-    assert model.head.weight is model.embedding.weight
+    assert model.head.weight is model.words.weight
     torch.testing.assert_close(model(tokens), wanted)
-
-
-def test_a_model_in_training_is_refused_with_the_cure():
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-    with pytest.raises(SurgeryError, match=r"training mode.*model\.eval\(\)"):
-        fold(model, torch.randn(2, 4))
-    with pytest.raises(SurgeryError, match="does not run on the example"):
-        fold(model.eval(), torch.randn(2, 5))
-    with pytest.raises(SurgeryError, match="same finite output twice"):
-        fold(nn.Sequential(nn.Linear(4, 4), Noise()).eval(), torch.randn(2, 4))
-
-
-class Noise(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.randn_like(x)
 
 
 def test_without_an_example_batch_norms_are_named_as_passed_over() -> None:

@@ -1,3 +1,5 @@
+"""Methods on gradients: the laws that all must keep, each claim on a card, and GradNorm by its formula."""
+
 import copy
 import pickle
 from typing import Any
@@ -9,7 +11,52 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from laws import name
+from normkit.catalogue import METHODS
+from normkit.core.card import Card
 from normkit.gradients.grad_norm import GradNorm, grad_norm
+
+GRADIENTS = [card for card in METHODS if card.kind == "gradient"]
+
+each_gradient = pytest.mark.parametrize("card", GRADIENTS, ids=name)
+# What acts on every backward pass until it is removed; the others act on losses, or where they are called.
+each_hooked = pytest.mark.parametrize("card", [card for card in GRADIENTS if hasattr(card.module, "remove")], ids=name)
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Conv1d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 2)).double()
+
+
+def backward(model: nn.Module, scale: float = 1.0) -> list[Tensor]:
+    torch.manual_seed(1)
+    model.zero_grad()
+    (model(torch.randn(2, 3, 5, dtype=torch.float64)).square().sum() * scale).backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@each_gradient
+def test_claims_of_the_card(card: Card) -> None:
+    made = card.make(network())
+    assert bool(made.state_dict() if isinstance(made, nn.Module) else {}) == card.running_state
+    assert isinstance(made, card.module)
+    assert card.functional.__name__ == card.name
+    assert not card.batch_dependent
+    assert card.train_equals_eval
+    assert not card.foldable
+
+
+@each_hooked
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0, 1e6])
+def test_no_entry_changes_its_sign_nor_a_parameter_and_removed_it_leaves_no_trace(card: Card, scale: float) -> None:
+    model = network()
+    plain, state = backward(model, scale), copy.deepcopy(model.state_dict())
+    made = card.make(model)
+    for found, before in zip(backward(model, scale), plain, strict=True):
+        assert found.isfinite().all()
+        assert_close(found.sign(), before.sign(), rtol=0, atol=0)
+    assert_close(dict(model.state_dict()), dict(state), rtol=0, atol=0)
+    made.remove()
+    assert_close(backward(model, scale), plain, rtol=0, atol=0)
 
 
 class Tasks(nn.Module):
@@ -23,10 +70,8 @@ class Tasks(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         h = self.shared(x).tanh()
-        return [
-            (head(h) - scale * x[:, :2].sin()).square().mean()
-            for head, scale in zip(self.heads, self.scales, strict=True)
-        ]
+        pairs = zip(self.heads, self.scales, strict=True)
+        return [(head(h) - scale * x[:, :2].sin()).square().mean() for head, scale in pairs]
 
 
 def x() -> Tensor:

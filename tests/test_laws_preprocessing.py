@@ -28,9 +28,7 @@ each_streamed = pytest.mark.parametrize("card", [card for card in INPUTS if card
 
 def data(samples: int = 30, offset: float = 3.0) -> Tensor:
     """Features of unlike scales, correlated, off centre."""
-    mix = (
-        torch.randn(FEATURES, FEATURES, dtype=torch.float64) + torch.diag(torch.tensor([1.0, 4.0, 0.5, 10.0])).double()
-    )
+    mix = torch.randn(FEATURES, FEATURES).double() + torch.diag(torch.tensor([1.0, 4.0, 0.5, 10.0])).double()
     return torch.randn(samples, FEATURES, dtype=torch.float64) @ mix + offset
 
 
@@ -39,10 +37,13 @@ def make(card: Card) -> Any:
 
 
 @each_input
-def test_claim_running_state(card: Card) -> None:
+def test_claims_of_state_and_of_streams(card: Card) -> None:
     made = make(card).fit(data())
     assert bool(made.state_dict()) == card.running_state
     assert not list(made.parameters())
+    if not card.streams:
+        with pytest.raises(ProtocolError, match="fit"):
+            make(card).partial_fit(data())
 
 
 @each_input
@@ -84,13 +85,6 @@ def test_a_stream_of_any_batch_sizes_equals_all_at_once(card: Card, cuts: list[i
     assert_close(stream.state_dict(), whole.state_dict(), rtol=1e-9, atol=1e-10)
     again = make(card).fit(data() * 9).fit(iter(parts))  # forgets what it was fitted on before
     assert_close(again.state_dict(), whole.state_dict(), rtol=1e-9, atol=1e-10)
-
-
-@each_input
-def test_claim_streams(card: Card) -> None:
-    if not card.streams:
-        with pytest.raises(ProtocolError, match="fit"):
-            make(card).partial_fit(data())
 
 
 @each_input
@@ -226,9 +220,10 @@ def test_a_card_with_a_rule_is_that_rule_on_its_training_data(card: Card) -> Non
 
 
 # Of images each sample is by itself.
-@pytest.mark.parametrize(
-    "card", [card for card in INPUTS if card.running_state and card.name != "image_standardization"], ids=name
-)
+APART = [card for card in INPUTS if card.running_state and card.name != "image_standardization"]
+
+
+@pytest.mark.parametrize("card", APART, ids=name)
 def test_the_support_keeps_no_sample_of_the_training_data(card: Card) -> None:
     with pytest.raises(NormkitError, match="samples apart"):
         card.module(support=Support("n d", over="d"))

@@ -147,9 +147,7 @@ def test_every_function_of_the_library_is_asked_for() -> None:
     assert set(re.findall(r"^NK_EXPORT \w+ (nk_\w+)\(", sources, re.MULTILINE)) == set(library._SYMBOLS)
 
 
-def test_libraries_older_than_their_sources_are_not_used(
-    ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_libraries_older_than_sources_are_not_used(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package, native = tmp_path / "src" / "normkit", tmp_path / "native"
     (package / "lib").mkdir(parents=True)
     native.mkdir()

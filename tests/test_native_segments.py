@@ -1,12 +1,13 @@
 """Kernels for sets that lie together in memory, called bare: any plan against the definition in float64."""
 
+import math
 import random
-from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+import native_calls
 from native_calls import ACTIVATIONS, Call, batch, check, definition, groups, places, random_call, rows, shape_of
 from normkit.engine.abi import TYPES
 from normkit.engine.library import library, why_not
@@ -19,21 +20,16 @@ def test_any_plan_is_the_definition(seed: int) -> None:
     chance = random.Random(seed)
     torch.manual_seed(seed)
     for _ in range(40):
-        outer, far, kept, mid = (
-            chance.choice(sizes) for sizes in ((1, 2, 3, 6), (1, 1, 2, 5), (1, 1, 2, 3), (1, 1, 2, 3))
-        )
-        check(
-            random_call(chance, (outer, far, kept, mid, chance.choice([1, 2, 3, 7, 8, 17, 33, 64, 200, 513]))), chance
-        )
+        outer, far, kept, mid = map(chance.choice, ((1, 2, 3, 6), (1, 1, 2, 5), (1, 1, 2, 3), (1, 1, 2, 3)))
+        inner = chance.choice([1, 2, 3, 7, 8, 17, 33, 64, 200, 513])
+        check(random_call(chance, (outer, far, kept, mid, inner)), chance)
 
 
 def test_short_pieces_with_a_gain_each() -> None:
     torch.manual_seed(0)
     for seed in range(30):
         chance = random.Random(seed)
-        plan = batch(
-            chance.choice([2, 70, 3000]), chance.choice([1, 3, 8]), chance.choice([2, 4, 9]), activation=seed % 5
-        )
+        plan = batch(*map(chance.choice, ([2, 70, 3000], [1, 3, 8], [2, 4, 9])), activation=seed % 5)
         weight, bias = torch.randn(plan.parameters), torch.randn(plan.parameters)
         check(Call(plan, torch.randn(shape_of(plan)), weight, bias), chance)
 
@@ -60,19 +56,10 @@ def test_any_large_plan_is_the_definition(sizes: tuple[int, ...]) -> None:
         check(random_call(chance, sizes), chance)
 
 
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stream", [0, 1])
 @pytest.mark.parametrize("activation", [0, 1, 2])
-def test_results_do_not_depend_on_threads(
-    dtype: torch.dtype, stream: int, activation: int, threads: Callable[[int], None]
-) -> None:
+def test_results_do_not_depend_on_threads(dtype: torch.dtype, stream: int, activation: int) -> None:
     fields = {"stream": stream, "activation": activation}
     plans = [
         rows(700, 96, dtype, **fields),
@@ -86,8 +73,7 @@ def test_results_do_not_depend_on_threads(
         x, dy = (torch.randn(shape_of(plan)).to(dtype) for _ in range(2))
         weight, bias = (torch.randn(plan.parameters).to(dtype) for _ in range(2))
         found = []
-        for count in (1, 2, 3):
-            threads(count)
+        for _ in native_calls.in_threads(1, 2, 3):
             call = Call(plan, x, weight, bias)
             found.append([call.forward(), call.center, call.inverse, *call.backward(dy).values()])
         for other in found[1:]:
@@ -98,9 +84,7 @@ def test_past_the_cache_nothing_else_comes_out() -> None:
     torch.manual_seed(0)
     for dtype in TYPES:
         for plan in (rows(40, 512, dtype), rows(40, 515, dtype), batch(3, 7, 613, dtype), groups(2, 2, 6, 701, dtype)):
-            x, dy = (
-                torch.randn(plan.outer * plan.far * plan.kept * plan.mid * plan.inner + 3).to(dtype) for _ in range(2)
-            )
+            x, dy = (torch.randn(math.prod(shape_of(plan)) + 3).to(dtype) for _ in range(2))
             weight, bias = (torch.randn(plan.parameters).to(dtype) for _ in range(2))
             for start in range(4):  # of lines and of vectors
                 part, of = (t[start:][: x.numel() - 3].view(shape_of(plan)) for t in (x, dy))
@@ -149,8 +133,7 @@ def test_nan_and_infinity_stay_in_their_set(dtype: torch.dtype, bad: float) -> N
         for spoilt, wanted in ((y, clean.y), (dx, clean.gradients["x"])):
             assert wanted is not None
             assert spoilt[0, :, 0].isnan().all()
-            assert_close(spoilt[1:], wanted[1:], rtol=0, atol=0)
-            assert_close(spoilt[:, :, 1:], wanted[:, :, 1:], rtol=0, atol=0)
+            assert_close((spoilt[1:], spoilt[:, :, 1:]), (wanted[1:], wanted[:, :, 1:]), rtol=0, atol=0)
 
 
 def test_every_nan_of_a_parameter_comes_through() -> None:

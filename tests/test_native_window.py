@@ -1,12 +1,14 @@
 """Responses and sliding sums on the native kernels: equal to their definitions, to any order of derivatives."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from native_calls import in_threads
 from normkit import GlobalResponseNorm, LocalResponseNorm
 from normkit.engine import abi, native_global_response, native_window
 from normkit.engine.library import why_not
@@ -97,9 +99,8 @@ def test_small_windows_keep_their_digits_behind_large_elements() -> None:
         x[:, 20:23] *= 1e8
         for size in (3, 31):
             found = local_response_norm(x, size, float(size), k=1.0)
-            assert_close(
-                found.double(), _defined(lambda x, s=size: local_response_norm(x, s, float(s), k=1.0), x.double())
-            )
+            wanted = _defined(lambda x, s=size: local_response_norm(x, s, float(s), k=1.0), x.double())
+            assert_close(found.double(), wanted)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -135,9 +136,7 @@ def test_sliding_sums_are_the_definition(dim: int, last: bool, count: dict[str, 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("layout", ["n c *", "n * c"])
 @pytest.mark.parametrize("over", ["*", "n *"])
-def test_global_response_is_the_definition(
-    dtype: torch.dtype, last: bool, layout: str, over: str, count: dict[str, int]
-) -> None:
+def test_global_response_is_the_definition(dtype: torch.dtype, last: bool, layout: str, over: str, count: Any) -> None:
     shapes = [*SHAPES, MANY, (5, 3, 5000), (1, 1100, 3, 7)]
     for shape in shapes:
         x = _random(shape, dtype, last)
@@ -180,18 +179,14 @@ def _functions() -> list[Callable[[Tensor], Tensor]]:
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_results_do_not_depend_on_the_threads(which: int) -> None:
-    function, threads = _functions()[which], torch.get_num_threads()
+    function = _functions()[which]
     for shape in ((1, 70, 900), (5, 64, 40), (2, 3, 20000)):
         for last in (False, True):
             x = _random(shape, torch.float32, last).requires_grad_()
             found = []
-            try:
-                for number in (1, 2, 3):
-                    torch.set_num_threads(number)
-                    y = function(x)
-                    found.append((y, *torch.autograd.grad(y, x, x.detach())))
-            finally:
-                torch.set_num_threads(threads)
+            for _ in in_threads(1, 2, 3):
+                y = function(x)
+                found.append((y, *torch.autograd.grad(y, x, x.detach())))
             for other in found[1:]:
                 assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 

@@ -12,25 +12,21 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lab_samples
+from architectures import published
+from foreign_norms import wired
 from normkit.core.errors import OptionError, ProtocolError
 from normkit.lab.outcome import Outcome, Template, compare
 from normkit.lab.protocol import MODELS, load_factory
 from normkit.lab.recipes import default_recipes
-from normkit.surgery.applicable import why_not
+from normkit.surgery.recipe import why_not
 
 QUICK: dict[str, Any] = {"rates": (0.01,), "epochs": 1, "batch_size": 32, "accelerator": "cpu", "report": False}
 
 
-class Tagger(nn.Module):
+def tagger() -> nn.Module:
     """A recurrent tagger of tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.out = nn.Embedding(9, 8), nn.Linear(8, 4)
-        self.body = nn.LSTM(8, 8, batch_first=True)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.out(self.body(self.embedding(tokens))[0])
+    parts = {"embedding": nn.Embedding(9, 8), "out": nn.Linear(8, 4), "body": nn.LSTM(8, 8, batch_first=True)}
+    return wired(lambda self, tokens: self.out(self.body(self.embedding(tokens))[0]), **parts)
 
 
 class Translator(nn.Module):
@@ -38,11 +34,8 @@ class Translator(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding, self.body, self.out = (
-            nn.Embedding(9, 8),
-            nn.Transformer(8, 2, 1, 1, 16, batch_first=True),
-            nn.Linear(8, 9),
-        )
+        self.embedding, self.out = nn.Embedding(9, 8), nn.Linear(8, 9)
+        self.body = nn.Transformer(8, 2, 1, 1, 16, batch_first=True)
 
     def forward(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
@@ -60,10 +53,9 @@ def sequences() -> Any:
 
 
 def language() -> nn.Module:
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("transformers", reason="transformers is not installed")
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    config = transformers.LlamaConfig(vocab_size=9, bos_token_id=0, eos_token_id=1, pad_token_id=0, **size)
-    return transformers.LlamaForCausalLM(config)
+    return published("LlamaForCausalLM", vocab_size=9, bos_token_id=0, eos_token_id=1, pad_token_id=0, **size)
 
 
 def words() -> Any:
@@ -97,9 +89,7 @@ def test_an_outcome(outcome: Outcome) -> None:
     assert outcome.best.recipe == max(outcome.table, key=lambda row: row["test_mean"])["recipe"]
     assert "mean test accuracy" in outcome.best.verdict
     assert outcome.record["config"]["model"] == "lab_samples:model"
-    assert outcome.record["command"].startswith(
-        "from Python: normkit compare --model lab_samples:model --data builtins:dict"
-    )
+    assert outcome.record["command"].startswith("from Python: normkit compare --model lab_samples:model --data bui")
     assert outcome.record["experiment"]["title"] == "keep, keep+e on a dict"
     assert first["ms_per_step"] * second["ratio"] == pytest.approx(second["ms_per_step"])
     assert outcome._repr_html_().count("each DataLoader") == 1
@@ -115,7 +105,7 @@ def test_an_outcome(outcome: Outcome) -> None:
 @pytest.mark.parametrize(
     ("model", "data", "recipes"),
     [
-        (Tagger, tags, ("keep", "keep+wn", "keep+e")),
+        (tagger, tags, ("keep", "keep+wn", "keep+e")),
         (Translator, sequences, ("keep", "rms", "keep+wn", "keep+e")),
         (language, words, ("keep", "ln", "keep+wn", "keep+e")),
         (perceptron, bunch, ("keep", "keep+wn", "keep+e")),
@@ -155,9 +145,8 @@ def test_recipes_that_suit_a_model(model: Callable[[], nn.Module], recipes: tupl
 def test_a_module_as_a_template(tmp_path: Path) -> None:
     model, pair = lab_samples.model(), lab_samples.data()["train"]
     text = StringIO()
-    made = compare(
-        model, pair, "keep", output=tmp_path / "out", console=Console(file=text, width=400), seeds=2, **QUICK
-    )
+    options = {"output": tmp_path / "out", "console": Console(file=text, width=400), "seeds": 2, **QUICK}
+    made = compare(model, pair, "keep", **options)
     first, second = (run["init_sha256"] for run in _runs(tmp_path / "out"))
     assert first != second
     assert "its own weights are not used" in text.getvalue()
@@ -195,12 +184,7 @@ class Scaled(nn.Linear):
     ("model", "options", "error", "words"),
     [
         (Scaled(), {}, ProtocolError, r"scale \(Gain\) has weights and no reset_parameters .* model=lambda: Net\(\)"),
-        (
-            lab_samples.model,
-            {"epoch": 5},
-            OptionError,
-            r"no setting 'epoch'; did you mean 'epochs'\?; wanted accelerator,",
-        ),
+        (lab_samples.model, {"epoch": 5}, OptionError, r"no setting 'epoch'; did you mean 'epochs'\?; wanted acc"),
         (lab_samples.model, {"seeds": 0}, OptionError, "at least one seed"),
     ],
 )

@@ -25,10 +25,8 @@ from normkit.surgery.condition import condition
 
 BASE = Training("digits", "inception", "", "bn", 0.0, 0, epochs=2, batch_size=64)
 ROWS = (Row("BN", "bn", printed=(83.1, 94.3)), Row("BN + E", "bn+e", printed=(83.3, 94.6)))
-CONTROLS = (
-    Row("two", "bn+wn@first_last", like="BN + E", conditioning=(("lengths", 1.0),)),
-    Row("unit", "bn", unit="first_last", like="BN + E"),
-)
+LENGTHS = {"like": "BN + E", "conditioning": (("lengths", 1.0),)}
+CONTROLS = (Row("two", "bn+wn@first_last", **LENGTHS), Row("unit", "bn", unit="first_last", like="BN + E"))
 PLANS = (
     Plan("Digits", BASE, ROWS, CONTROLS, (0.1, 1e30), 0.2, same=True, costs=1.0),
     Plan("Again", replace(BASE, width=0.5), ROWS, borrow="Digits", costs=0.0),
@@ -53,10 +51,8 @@ def test_a_row_has_an_optimizer_and_rates_of_its_own_and_goes_beyond_them() -> N
     rows = Row("SGD", "bn"), Row("Muon", "bn", optimizer="muon", rates=(1e-3, 1e-2))
     bench: Any = Fake()
     bench.seeds = (0,)
-    for beyond, rates in (
-        (True, ([0.1, 0.2, 0.4, 0.8, 1.6], [1e-3, 1e-2, 0.1, 1.0, 10.0])),
-        (False, ([0.1, 0.2], [1e-3, 1e-2])),
-    ):
+    few, many = ([0.1, 0.2], [1e-3, 1e-2]), ([0.1, 0.2, 0.4, 0.8, 1.6], [1e-3, 1e-2, 0.1, 1.0, 10.0])
+    for beyond, rates in ((True, many), (False, few)):
         found = sweep(bench, lambda job, folder: {}, Plan("", BASE, rows, rates=(0.1, 0.2), beyond=beyond), rows)
         assert tuple([run["rate"] for run in found[row.name]["sweep"]] for row in rows) == rates
         assert found["Muon"]["edge"]
@@ -72,9 +68,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tables(out: Path) -> None:
     result = record.read_json(out / "result.json")["result"]
     made = {table.title: table for table in tables(result)}
-    given, tuned = (
-        made[f"Digits: test accuracy in %, small scale, {how}"] for how in ("rate 0.2", "each at the best of its rates")
-    )
+    scores = "Digits: test accuracy in %, small scale, "
+    given, tuned = made[f"{scores}rate 0.2"], made[f"{scores}each at the best of its rates"]
     for table in (given, tuned):
         assert [row[0] for row in table.rows] == ["BN", "BN + E"]
         assert all(len(row) == len(table.columns) for row in table.rows)
@@ -86,8 +81,7 @@ def test_tables(out: Path) -> None:
     rates = made["Digits: learning rates"]
     assert all("diverged in epoch 1" in row for row in rates.rows)
     time = made["Digits: equal time and equal epochs"]
-    assert time.rows[0][2] == "1.000"
-    assert time.rows[0][4] == time.rows[0][6]
+    assert (time.rows[0][2], time.rows[0][4]) == ("1.000", time.rows[0][6])
     again = made["Again: test accuracy in %, small scale, each at the best of its rates"]
     assert "Rates are those chosen on Digits." in again.notes
     assert "Digits: controls, rate 0.2" in made
@@ -127,9 +121,7 @@ def test_unit_rows_and_averaged_images() -> None:
 
 
 def test_best_of_a_sweep() -> None:
-    def run(
-        rate: float, status: str = "ok", score: float | None = 0.5, loss: float | None = 1.0, epochs: int = 3
-    ) -> dict[str, Any]:
+    def run(rate: float, status: str = "ok", score: Any = 0.5, loss: Any = 1.0, epochs: int = 3) -> dict[str, Any]:
         return {"rate": rate, "status": status, "score": score, "loss": loss, "reached": epochs}
 
     assert best([run(0.1), run(0.2, score=0.6), run(0.3, "diverged", None, None)])["rate"] == 0.2
@@ -245,10 +237,8 @@ def test_networks_of_the_cost_have_a_loss(name: str) -> None:
 
 def test_weight_norm_from_the_start_of_e_is_e_at_first() -> None:
     data = images("digits", None, None, None, None)
-    e, free = (
-        make(replace(BASE, recipe=recipe, conditioning=options), data)
-        for recipe, options in (("bn+e", ()), ("bn+wn@first_last", (("lengths", 1.0),)))
-    )
+    methods = {"bn+e": (), "bn+wn@first_last": (("lengths", 1.0),)}.items()
+    e, free = (make(replace(BASE, recipe=recipe, conditioning=options), data) for recipe, options in methods)
     x = data.train.batch(torch.arange(8), torch.device("cpu"))[0]
     torch.testing.assert_close(free(x), e(x))
     raw = [value for name, value in e.named_parameters() if name.endswith("original")]
@@ -285,7 +275,6 @@ def test_differences_say_whether_they_show_one() -> None:
     for one in judged:
         one["runs"] = [{**run, "status": "ok" if run["test_score"] is not None else "diverged"} for run in one["runs"]]
     (said, lost) = verdicts({"parts": {"L": {"sets": {"given": judged}}}})
-    assert [part.rpartition(", ")[2] for part in said.rstrip(".").split("; ")] == [
-        *("worse", "no difference shown", "no interval", "no difference shown", "not judged"),
-    ]
+    found = [part.rpartition(", ")[2] for part in said.rstrip(".").split("; ")]
+    assert found == ["worse", "no difference shown", "no interval", "no difference shown", "not judged"]
     assert lost == "L: runs that diverged: lost (1 of 3)."

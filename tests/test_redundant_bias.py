@@ -9,15 +9,14 @@ from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
 import normkit as nk
-from normkit.activations.batch_renorm import BatchRenorm
-from normkit.activations.ghost_batch_norm import GhostBatchNorm
+from foreign_norms import random_, wired
+from normkit import BatchRenorm, GhostBatchNorm
 from normkit.core.errors import SurgeryError
-from normkit.surgery.redundant_bias import drop_redundant_bias
+from normkit.surgery import drop_redundant_bias
 
 
 def _trained(model: nn.Module, *shape: int) -> nn.Module:
-    for parameter in model.parameters():
-        nn.init.normal_(parameter)
+    random_(model)
     for _ in range(3):
         model(torch.randn(*shape))
     return model.double()
@@ -34,10 +33,8 @@ def _held(model: nn.Module, x: Tensor) -> list[str]:
         assert_close(model.state_dict()[key], value, rtol=0, atol=0)
     for training in (False, True, False):
         assert_close(model.train(training)(x), like.train(training)(x), rtol=1e-9, atol=1e-9)
-    assert_close(
-        {k: v for k, v in model.state_dict().items() if "running_var" in k},
-        {k: v for k, v in like.state_dict().items() if "running_var" in k},
-    )
+    kept = [{k: v for k, v in each.state_dict().items() if "running_var" in k} for each in (model, like)]
+    assert_close(*kept)
     return [f"{row.layer} {row.after}: {row.note}" for row in changes] + [str(left) for left in changes.passed_over]
 
 
@@ -101,30 +98,11 @@ def test_post_activation_keeps_it() -> None:
     assert model[0].bias is not None
 
 
-class _Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.conv(x)
-        return z + self.norm(z)
-
-
 def test_an_output_that_is_read_elsewhere_keeps_it() -> None:
-    model = _trained(_Residual(), 4, 3, 5, 5)
+    parts = {"conv": nn.Conv2d(3, 3, 1), "norm": nn.BatchNorm2d(3)}
+    model = _trained(wired(lambda self, x: self.norm(z := self.conv(x)) + z, **parts), 4, 3, 5, 5)
     assert _held(model, torch.randn(4, 3, 5, 5, dtype=torch.float64)) == []
     assert model.conv.bias is not None
-
-
-class _Resting(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm, self.unused = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
-        self.unused.bias = self.conv.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
 
 
 def test_tied_parametrized_and_hooked_layers_keep_it() -> None:
@@ -139,7 +117,9 @@ def test_tied_parametrized_and_hooked_layers_keep_it() -> None:
     parametrize.register_parametrization(parametrized[0], "bias", nn.Identity())
     assert _held(_trained(tied, 4, 3, 5, 5), x) == []
     assert tied[0][0].bias is not None
-    resting = _Resting()
+    parts = {"conv": nn.Conv2d(3, 3, 1), "norm": nn.BatchNorm2d(3), "unused": nn.Conv2d(3, 3, 1)}
+    resting = wired(lambda self, x: self.norm(self.conv(x)), **parts)
+    resting.unused.bias = resting.conv.bias
     for model, why in ((resting, "tied"), (hooked, "hooks"), (parametrized, "parametrized")):
         notes = _held(_trained(model, 4, 3, 5, 5), x)
         assert notes

@@ -16,7 +16,7 @@ from normkit.activations.adaptive_layer_norm import adaptive_layer_norm
 from normkit.core.errors import BackendError, OptionError, ShapeError
 from normkit.schedules import inverse_sqrt_rate, inverse_sqrt_warmup, linear_rate, linear_warmup
 from normkit.weights.layout import weight_of
-from normkit.weights.power_iteration import power_iteration_square
+from normkit.weights.spectral_norm import power_iteration_square
 
 Rows = list[tuple[Callable[[], object], str]]
 WEIGHT = nn.Parameter(ones(2))
@@ -51,7 +51,7 @@ OPTIONS: Rows = [
     (lambda: nk.SpatiallyAdaptiveNorm(4, 2, kernel_size=2), "an odd number"),
     (lambda: F.conditional_norm(ones(3, 4, 5), *ones(2, 3, 4), zeros(4), ones(4)), "keeps no running statistics"),
     (lambda: F.adaptive_instance_norm(ones(2, 3, 4), ones(2, 3, 5), ones(3)), "strength of shape 3"),
-    (lambda: nk.ConditionedTokens("none"), "gradient='none'; wanted 'detach' or 'full'"),
+    (lambda: nk.ConditionedTokens("none"), "gradient='none'; wanted 'full' or 'detach'"),
     (lambda: nk.PreconditionedAttention(gradient="none"), "wanted 'full' or 'detach'"),
     (lambda: nk.PreconditionedAttention(0.0), "eps"),
     (lambda: F.Field(1, 0), "positions=0"),
@@ -211,7 +211,6 @@ SHAPES: Rows = [
         for wrong in ((2, 2, 8), (4, 3, 8), (8,))
     ),
     (lambda: F.adaptive_instance_norm(ones(2, 3, 1), ones(2, 3, 5)), _ONE),
-    (lambda: nk.AdaLayerNorm(8, 6)(ones(2, 5, 7), ones(2, 6)), "features=8"),
     *(
         (lambda wrong=wrong: nk.AdaLayerNorm(8, 6)(ones(2, 5, 8), ones(wrong)), "wanted 2x6")
         for wrong in ((2, 5), (3, 6), (2, 4, 6), (5,))
@@ -232,29 +231,22 @@ SHAPES: Rows = [
     (_exemplar, "wanted 3 for each of 3 samples"),
     (lambda: nk.FiLM(4, 6)(ones(2, 4, 3), ones(2, 5)), "wanted 2x6"),
     (lambda: F.film(ones(2, 4, 3), ones(2, 3), ones(2, 3)), "does not broadcast"),
-    (lambda: nk.FixNorm(64, 500)(ones(3, 63)), "features=64"),
     (lambda: nk.GatedRMSNorm(6)(ones(2, 6), ones(2, 3)), "got a gate of 2x3, wanted .* 2x6"),
-    (lambda: nk.GatedRMSNorm(6)(ones(2, 5)), "weight has shape 6, wanted 5"),
     (lambda: nk.GhostBatchNorm(3, 1)(ones(4, 3)), "more than 1 value per channel"),
-    (lambda: nk.HoloNorm(6)(ones(2, 5)), "features=6"),
     (lambda: nk.HypersphereResidual(8)(ones(2, 8), ones(1, 8)), "wanted two alike"),
     (lambda: F.renormalize_(reads=[nn.LayerNorm(8)]), "LayerNorm has a weight of shape 8"),
     (lambda: F.renormalize_(writes=[nn.ReLU()]), "shape none"),
     (lambda: nk.LocalContextNorm(6, 2, (3, 3))(ones(2, 6, 5)), "2 windows for 1 spatial axes"),
     (lambda: nk.LocalContrastNorm()(ones(3)), "at least 2"),
     (lambda: nk.LocalResponseNorm()(ones(3)), "at least 2"),
-    (lambda: nk.PartialRMSNorm(4, 0.5)(ones(2, 5)), "features=4"),
     *((lambda call=call: call(ones(2, 1, 5)), _ONE) for call in (nk.PositionalNorm(), F.positional_moments)),
     (lambda: nk.QueryKeyNorm(8, "rms")(*ones(3, 2, 5, 24)), "features=8"),
     (lambda: nk.RecurrentBatchNorm(3)(ones(5, 4, 3), lengths=ones(2)), "wanted one length per sample"),
     (lambda: nk.RecurrentBatchNorm(3, "frame", 5)(ones(4, 3)), r"\(T, N, C\) frame-wise"),
     (lambda: nk.RecurrentBatchNorm(3, "frame", 5)(ones(4, 1, 3)), "more than 1 value"),
-    (lambda: nk.LayerNormRecurrent(3, 5)(ones(7, 2, 4)), "input_size=3"),
     (lambda: nk.LayerNormRecurrent(3, 5)(ones(0, 2, 3)), "at least one step"),
     (lambda: nk.LayerNormRecurrent(3, 5)(ones(7, 2, 3), zeros(1, 2, 5)), r"\(h, c\)"),
     (lambda: nk.LayerNormRecurrent(3, 5)(ones(7, 2, 3), mask=ones(2, 7).bool()), "mask"),
-    (lambda: nk.ScaleNorm(8)(ones(2, 7)), "features=8"),
-    (lambda: nk.SeeDNorm(6)(ones(2, 5)), "weight has shape 6, wanted 5"),
     (lambda: nk.SwitchableNorm(4)(ones(2, 4, 1, 1)), _ONE),
     (lambda: W.WeightLayout().matrix(zeros(3)), "two axes or more"),
     (lambda: W.precondition(nn.Linear(3, 2), ones(3)), "of 3; wanted 2, a diagonal, or 2x2"),

@@ -1,23 +1,20 @@
 """Volume rendering against closed forms."""
 
+import copy
 import math
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from foreign_norms import wired
 from normkit.lab.data.scene import Rays, Scene, camera_rays, to_ndc
 from normkit.lab.data.spheres import see, spheres
-from normkit.lab.fields.rendering import (
-    Sampling,
-    composite,
-    even_depths,
-    look_along,
-    render,
-    render_view,
-    weighted_depths,
-)
-from normkit.lab.models.nerf import NeRF
+from normkit.lab.fields import rendering
+from normkit.lab.fields.rendering import Sampling, composite, even_depths, render, weighted_depths
+from normkit.lab.models.nerf import NeRF, PositionalEncoding, RadianceField, nerf
+from normkit.lab.models.occupancy import OccupancyField, occupancy
 
 ONE = torch.ones(1)
 
@@ -29,16 +26,14 @@ def forward_rays(count: int, far: float = 6.0) -> Rays:
     return Rays(origins, looks, looks, 2.0, far)
 
 
-class Ball(nn.Module):
+def ball(radius: float, density: float) -> nn.Module:
     """A ball of one density about the origin."""
 
-    def __init__(self, radius: float, density: float) -> None:
-        super().__init__()
-        self.radius, self.density = radius, density
+    def forward(self: nn.Module, points: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+        inside = points.norm(dim=-1) < radius
+        return torch.tensor([0.2, 0.4, 0.9]).expand_as(points), torch.where(inside, density, -1.0)
 
-    def forward(self, points: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-        inside = points.norm(dim=-1) < self.radius
-        return torch.tensor([0.2, 0.4, 0.9]).expand_as(points), torch.where(inside, self.density, -1.0)
+    return wired(forward)
 
 
 def test_even_density_dims_exponentially() -> None:
@@ -48,31 +43,21 @@ def test_even_density_dims_exponentially() -> None:
     shade = composite(torch.ones(1, 5, 3), density, depths, torch.tensor([3.0]))
     assert_close(shade.opacity, torch.tensor([1 - math.exp(-0.7 * 3 * 2)]))
     assert_close(shade.weights[0, 0], torch.tensor(1 - math.exp(-0.7 * 3 * 0.5)))
-
-
-def test_matter_behind_the_last_sample_is_opaque() -> None:
     shade = composite(torch.ones(1, 3, 3), torch.full((1, 3), 0.1), torch.tensor([[0.0, 1.0, 2.0]]), ONE)
-    assert_close(shade.opacity, ONE)
-
-
-def test_background_shows_through() -> None:
-    shade = composite(torch.zeros(1, 2, 3), torch.tensor([[0.5, 0.0]]), torch.tensor([[0.0, 1.0]]), ONE, background=1.0)
-    assert_close(shade.colour, torch.full((1, 3), math.exp(-0.5)))
+    assert_close(shade.opacity, ONE)  # matter behind the last sample
 
 
 def test_gradients_of_the_weights() -> None:
     density = torch.tensor([[0.3, 0.9, 0.2, -0.4]], dtype=torch.float64, requires_grad=True)
     colour = torch.rand(1, 4, 3, dtype=torch.float64, requires_grad=True)
     depths = torch.tensor([[0.0, 0.5, 1.5, 1.7]], dtype=torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda s, c: composite(c, s, depths, torch.ones(1, dtype=torch.float64)).colour, (density, colour)
-    )
+    assert torch.autograd.gradcheck(lambda s, c: composite(c, s, depths, ONE.double()).colour, (density, colour))
 
 
 def test_a_ball_is_seen_as_its_chord_says() -> None:
     rays = forward_rays(41)
     chord = 2 * (0.5**2 - rays.origins[:, 0] ** 2).clamp_min(0).sqrt()
-    shade = look_along(Ball(0.5, 3.0), rays, even_depths(rays, 2000), background=1.0)
+    shade = rendering.look_along(ball(0.5, 3.0), rays, even_depths(rays, 2000), background=1.0)
     clear = torch.exp(-3.0 * chord)[:, None]
     wanted = (1 - clear) * torch.tensor([0.2, 0.4, 0.9]) + clear
     # A sample is 0.002 long, so that either end of the chord is off by up to that: 3.0 * 0.002 * 2 of thickness.
@@ -147,7 +132,7 @@ def test_a_view_is_one_render_in_pieces() -> None:
     model = NeRF(width=8, depth=2, skip=0)
     rays = forward_rays(10)
     whole = render(model, rays, Sampling(8, 8))[1]
-    colour, depth = render_view(model, rays, Sampling(8, 8), chunk=3)
+    colour, depth = rendering.render_view(model, rays, Sampling(8, 8), chunk=3)
     assert_close(colour, whole.colour)
     assert_close(depth, whole.depth)
     assert model.training
@@ -164,3 +149,82 @@ def test_the_scene_of_balls() -> None:
     # Cameras look at the origin from 4 away, upright.
     assert_close(scene.poses[:, :, 3], 4 * scene.poses[:, :, 2])
     assert bool((scene.poses[:, 1, 1] > 0).all())
+
+
+def equilibrated(model: nn.Module) -> nn.Module:
+    by_hand = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in by_hand.named_parameters():
+            if "trunk" in name and name.endswith("weight"):
+                parameter /= parameter.norm(dim=1, keepdim=True)
+    return by_hand
+
+
+def seeded_nerf(recipe: str) -> NeRF:
+    torch.manual_seed(0)
+    return nerf(recipe, width=16)
+
+
+@pytest.mark.parametrize(
+    ("model", "wanted"),
+    [
+        (NeRF(), 2 * 595_844),
+        (nerf("none+e@re:trunk"), 2 * 595_844),
+        (nerf("none+wn@re:trunk"), 2 * (595_844 + 8 * 256)),
+        (nerf("bn"), 2 * (595_844 + 8 * 2 * 256)),
+        (nerf("ln"), 2 * (595_844 + 8 * 2 * 256)),
+        (RadianceField(width=64, depth=4, skip=2), 64 * 64 + 64 * 65 * 2 + 64 * 128 + 65 + 64 * 65 + 92 * 32 + 33 * 3),
+        (OccupancyField(), 198_657),
+        (OccupancyField("sine"), 198_657),
+        (OccupancyField("relu"), 210_945),
+    ],
+)
+def test_parameters_of_fields(model: nn.Module, wanted: int) -> None:
+    assert sum(parameter.numel() for parameter in model.parameters()) == wanted
+
+
+def test_encoding_is_the_sines_of_the_paper() -> None:
+    x = torch.rand(5, 3, dtype=torch.float64)
+    code = PositionalEncoding(4).double()(x)
+    wanted = [x, *(wave(2**k * x) for k in range(4) for wave in (torch.sin, torch.cos))]
+    assert_close(code, torch.cat(wanted, 1))
+
+
+def test_e_form_is_the_network_with_equilibrated_weights() -> None:
+    plain, conditioned = seeded_nerf("none"), seeded_nerf("none+e@re:trunk")
+    points = torch.rand(7, 3)
+    for part in ("coarse", "fine"):
+        colour, density = getattr(equilibrated(plain), part)(points, points)
+        got_colour, got_density = getattr(conditioned, part)(points, points)
+        # E may scale a layer's output instead of its weight, which rounds otherwise.
+        assert_close(got_colour, colour, rtol=1e-5, atol=1e-6)
+        assert_close(got_density, density, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "sine", "relu"])
+def test_occupancy_e_form(kind: str) -> None:
+    torch.manual_seed(0)
+    plain = occupancy("none", kind, width=16)
+    torch.manual_seed(0)
+    conditioned = occupancy("none+e@re:trunk", kind, width=16)
+    points = torch.rand(9, 3)
+    # A sine of 30 u and a Gaussian of u / 0.09 enlarge how differently E rounds, layer after layer.
+    assert_close(conditioned(points), equilibrated(plain)(points), rtol=1e-3, atol=1e-3)
+
+
+def test_density_does_not_see_the_direction() -> None:
+    field = RadianceField(width=16, depth=4, skip=1)
+    points, one, other = torch.rand(5, 3), torch.rand(5, 3), torch.rand(5, 3)
+    (colour, density), (colour_too, density_too) = field(points, one), field(points, other)
+    assert_close(density, density_too, rtol=0, atol=0)
+    assert not torch.equal(colour, colour_too)
+
+
+def test_sines_start_with_the_spread_of_siren() -> None:
+    torch.manual_seed(0)
+    field = OccupancyField("sine")
+    h = 2 * torch.rand(4000, 3) - 1
+    for layer in field.trunk:
+        h = field.activation(layer(h))
+    # An arcsine distribution has variance 1/2; units are normal before the sine only roughly.
+    assert_close(h.var(), torch.tensor(0.5), rtol=0.1, atol=0)

@@ -11,8 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import normkit as nk
 from laws import ACTIVATIONS, call, layer, name, runs, sample_input
-from normkit import Layer, Moments, Rule, Running, Statistic, Support
-from normkit.catalogue import METHODS
+from normkit import METHODS, Layer, Moments, Rule, Running, Statistic, Support
 from normkit.core.card import Card
 from normkit.core.errors import BackendError, OptionError, SurgeryError
 from normkit.core.memory import RunningMean
@@ -23,6 +22,10 @@ HALVES = (torch.float16, torch.bfloat16)
 KEPT = [card for card in ACTIVATIONS if card.running_state]
 each_kept = pytest.mark.parametrize("card", KEPT, ids=name)
 each_half = pytest.mark.parametrize("half", HALVES, ids=str)
+
+
+def class_of(one: object) -> str:
+    return type(one).__name__
 
 
 def statistics(module: nn.Module) -> dict[str, Tensor]:
@@ -43,9 +46,7 @@ def test_a_cast_to_a_half_type_leaves_statistics_wide(card: Card, half: torch.dt
     # The meta device and back: a deliberate change of memory still takes place.
     assert all(value.is_meta for value in statistics(copy.deepcopy(made).to("meta", half)).values())
     empty = copy.deepcopy(made).to("meta").half().to_empty(device="cpu")
-    empty.load_state_dict(
-        {key: value.to(half) if value.is_floating_point() else value for key, value in made.state_dict().items()}
-    )
+    empty.load_state_dict({key: v.to(half) if v.is_floating_point() else v for key, v in made.state_dict().items()})
     assert_close(statistics(empty), {key: value.to(half).float() for key, value in statistics(made).items()})
 
 
@@ -71,12 +72,8 @@ def test_a_half_layer_evaluates_on_every_back_end(card: Card, half: torch.dtype)
     for _, y in runs(card, made.to(half).eval(), x):
         assert y.dtype == half
         # The parameters and the output are each rounded, some through two steps.
-        assert_close(
-            y.double(),
-            exact,
-            rtol=16 * torch.finfo(half).eps,
-            atol=16 * torch.finfo(half).eps * exact.abs().max().item(),
-        )
+        eps = 16 * torch.finfo(half).eps
+        assert_close(y.double(), exact, rtol=eps, atol=eps * exact.abs().max().item())
 
 
 def test_small_steps_are_not_lost_in_bfloat16() -> None:
@@ -101,9 +98,6 @@ def test_checkpoints_of_half_models_load_both_ways(half: torch.dtype) -> None:
     theirs.load_state_dict(torch.load(buffer))
     assert theirs.running_var.dtype == half
     assert_close(theirs.eval()(x), ours.eval()(x), rtol=2 * torch.finfo(half).eps, atol=2 * torch.finfo(half).eps)
-
-
-# What enters the average, and what does not
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -156,9 +150,7 @@ def test_accumulated_passes_count_as_one_batch(momentum: float | None, masked: b
     assert "accumulate=4" in repr(norm)
 
 
-@pytest.mark.parametrize(
-    "memory", [Running(0.1), RunningMoments(0.1), RunningMean(0.1)], ids=lambda memory: type(memory).__name__
-)
+@pytest.mark.parametrize("memory", [Running(0.1), RunningMoments(0.1), RunningMean(0.1)], ids=class_of)
 def test_a_channel_whose_result_does_not_fit_keeps_both(memory: Running) -> None:
     running = nk.functional.RunningStatistics(torch.zeros(3).half(), torch.ones(3).half())
     memory.blend(
@@ -173,9 +165,7 @@ def test_a_channel_whose_result_does_not_fit_keeps_both(memory: Running) -> None
 
 
 @pytest.mark.parametrize("broken", [[0], [0, 1]], ids=["one channel", "all channels"])
-@pytest.mark.parametrize(
-    "memory", [Running(None), RunningMoments(None), RunningMean(None)], ids=lambda memory: type(memory).__name__
-)
+@pytest.mark.parametrize("memory", [Running(None), RunningMoments(None), RunningMean(None)], ids=class_of)
 def test_the_cumulative_average_counts_no_skipped_batch(memory: Running, broken: list[int]) -> None:
     running = nk.functional.RunningStatistics(torch.zeros(2), torch.ones(2), torch.tensor(0))
     split = Split((4, 2), ("n", "c"), (0,))
@@ -192,9 +182,7 @@ def test_the_cumulative_average_counts_no_skipped_batch(memory: Running, broken:
 @pytest.mark.parametrize("start", [1e8, 1e25])  # the square of the second is beyond float32
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 1.0, None])
 @pytest.mark.parametrize("memory", [Running, RunningMoments, RunningMean], ids=lambda memory: memory.__name__)
-def test_back_ends_blend_alike_and_exactly_at_both_ends(
-    memory: type[Running], momentum: float | None, start: float
-) -> None:
+def test_back_ends_blend_alike_and_exactly(memory: type[Running], momentum: float | None, start: float) -> None:
     centred = memory is RunningMean
     statistic = Statistic("mean", None if centred else "std")
     rule = Rule(Support("n c *", over="n *"), statistic, memory=memory(momentum))
@@ -212,9 +200,6 @@ def test_back_ends_blend_alike_and_exactly_at_both_ends(
         assert centred or found["reference"].var == (1 if memory is RunningMoments else 2)
 
 
-# What else every layer shares
-
-
 @pytest.mark.parametrize("card", [card for card in METHODS if card.kind in ("activation", "input")], ids=name)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script. is:DeprecationWarning")  # torch's, of the call itself
 def test_torchscript_is_refused_with_a_way_out(card: Card) -> None:
@@ -222,9 +207,10 @@ def test_torchscript_is_refused_with_a_way_out(card: Card) -> None:
         torch.jit.script(nn.Sequential(nn.Linear(4, 4), card.make(4)))
 
 
-@pytest.mark.parametrize(
-    "card", [card for card in ACTIVATIONS if card.train_equals_eval and not card.running_state], ids=name
-)
+MODELESS = [card for card in ACTIVATIONS if card.train_equals_eval and not card.running_state]
+
+
+@pytest.mark.parametrize("card", MODELESS, ids=name)
 def test_layers_alike_in_both_modes_need_no_mode(card: Card) -> None:
     made, x = layer(card), sample_input(card)
     wanted = call(card, made, x)

@@ -1,16 +1,19 @@
-"""What normalizations of one sample, and mixtures with those of a batch, equal."""
+"""What normalizations of one sample, over windows, channels and fields, and mixtures with those of a batch, equal."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
 import normkit as nk
-from normkit import BatchNorm, ExemplarNorm, PositionalNorm, SwitchableNorm
-from normkit.activations.positional_norm import moment_shortcut
+from foreign_norms import random_
+from normkit import GDN, BatchNorm, DivisiveNorm, ExemplarNorm, GlobalResponseNorm, PositionalNorm, SwitchableNorm
+from normkit.activations.divisive_norm import Field, LyuSimoncelliNorm, lyu_simoncelli_norm
+from normkit.activations.group_norm import local_context_norm
+from normkit.activations.layer_norm import moment_shortcut
+from normkit.activations.local_response_norm import LocalResponseNorm, local_contrast_norm, local_response_norm
 from normkit.functional import instance_norm, layer_norm, positional_moments, positional_norm, switchable_norm
-
-# Exemplar normalization
 
 
 def _image() -> torch.Tensor:
@@ -24,37 +27,6 @@ def test_starts_as_the_mean_of_the_three() -> None:
     assert_close(norm(x), sum(three) / 3)
     assert_close((norm.running_mean, norm.running_var), (batch.running_mean, batch.running_var))
     assert_close(norm.eval()(x), (three[0] + three[1] + batch.eval()(x)) / 3)
-
-
-# Switchable normalization
-
-
-def _corner(k: int, **options: object) -> SwitchableNorm:
-    norm = SwitchableNorm(4, **options).double()
-    for logits in (norm.mean_weight, norm.var_weight):
-        nn.init.constant_(logits, -1000.0)
-        with torch.no_grad():
-            logits[k] = 1000.0
-    nn.init.normal_(norm.weight)
-    nn.init.normal_(norm.bias)
-    return norm
-
-
-def test_a_single_logit_is_batch_norm_with_its_running_averages() -> None:
-    norm, batch_norm = _corner(2), BatchNorm(4).double()
-    with torch.no_grad():
-        batch_norm.weight.copy_(norm.weight)
-        batch_norm.bias.copy_(norm.bias)
-    x = _image()
-    for _ in range(3):
-        x = x + 1
-        assert_close(norm(x), batch_norm(x))
-    assert_close(norm.running_mean, batch_norm.running_mean)
-    assert_close(norm.running_var, batch_norm.running_var)
-    assert_close(norm.eval()(x), batch_norm.eval()(x))
-    norm.reset_parameters()
-    assert (norm.running_mean == 0).all()
-    assert (norm.running_var == 1).all()
 
 
 def test_the_authors_moments_come_from_unbiased_instance_variances() -> None:
@@ -71,12 +43,12 @@ def test_the_authors_moments_come_from_unbiased_instance_variances() -> None:
 
 
 def test_padding_that_differs_between_samples_is_weighed_by_elements() -> None:
-    x, norm = torch.randn(2, 4, 6, dtype=torch.float64), _corner(2)
+    x, logits = torch.randn(2, 4, 6, dtype=torch.float64), torch.tensor([-1000.0, -1000.0, 1000.0]).double()
     mask = torch.ones(2, 1, 6, dtype=torch.bool)
     mask[1, :, 2:] = False
     real = torch.cat([x[0], x[1, :, :2]], -1)
     wanted = (x[0] - real.mean(1, keepdim=True)) / (real.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
-    assert_close(norm(x, mask=mask)[0], norm.weight[:, None] * wanted + norm.bias[:, None])
+    assert_close(switchable_norm(x, logits, logits, mask=mask)[0], wanted)
 
 
 def test_a_sample_with_a_single_real_position_does_not_spoil_the_others() -> None:
@@ -90,16 +62,10 @@ def test_a_sample_with_a_single_real_position_does_not_spoil_the_others() -> Non
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-# Filter response normalization
-
-
 def test_a_learned_eps_counts_by_its_absolute_value() -> None:
     x, learned = torch.randn(2, 3, 4, 5, dtype=torch.float64), nk.FilterResponseNorm(3, 1e-4, learned_eps=True).double()
     nn.init.constant_(learned.eps_weight, -1e-4)
     assert_close(learned(x), nk.FilterResponseNorm(3, 1e-4).double()(x), rtol=1e-9, atol=0)
-
-
-# Positional normalization
 
 
 @pytest.mark.parametrize("correction", [0, 1])
@@ -130,3 +96,108 @@ def test_moments_of_half_types_are_float32(dtype: torch.dtype) -> None:
     moments = positional_moments(x)
     assert moments.mean.dtype == moments.deviation.dtype == torch.float32
     assert moment_shortcut(positional_norm(x), moments).dtype == dtype
+
+
+def test_each_axis_may_have_a_window_of_its_own() -> None:
+    x = torch.randn(1, 2, 6, 7, dtype=torch.float64)
+    found = local_context_norm(x, 2, (3, 5))[0, :, 2, 3]
+    inside = x[0, :, 1:4, 1:6]
+    assert_close(found, (x[0, :, 2, 3] - inside.mean()) / (inside.var(correction=0) + 1e-5).sqrt())
+
+
+def test_accurate_beside_a_step_of_light() -> None:
+    x = torch.randn(1, 2, 8, 32)
+    x[..., 16:] += 1e4
+    found, exact = (local_context_norm(z, 2, 5) for z in (x, x.double()))
+    # Means of 1e4 are known to half a unit in the last place, 1e4 * 2^-24 deviations.
+    assert_close(found.double(), exact, rtol=0, atol=1e-2)
+
+
+def test_a_flat_image_has_no_energy() -> None:
+    x = torch.randn(2, 6, 1, 1, dtype=torch.float64).expand(2, 6, 4, 5)
+    assert_close(local_contrast_norm(x, 3, 3, alpha=0.7), x / 2**0.75)
+    assert_close(local_contrast_norm(x[:, :1], form="jarrett"), torch.zeros(2, 1, 4, 5, dtype=torch.float64))
+
+
+def test_jarretts_eps_is_a_floor_of_the_divisor() -> None:
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    one, two = (nk.LocalContrastNorm(form="jarrett", eps=eps)(x) for eps in (1e9, 2e9))
+    assert_close(one, 2 * two)
+
+
+def test_an_even_window_has_the_published_limits() -> None:
+    x = torch.ones(1, 7, 1, dtype=torch.float64)
+    # Channels i - 2 to i + 2: five terms inside, three at the borders.
+    wanted = 1 / (2 + torch.tensor([3.0, 4, 5, 5, 5, 4, 3], dtype=torch.float64))
+    assert_close(local_response_norm(x, 4, alpha=1.0, beta=1.0, torch_compat=False)[0, :, 0], wanted)
+    assert not torch.allclose(wanted, nn.LocalResponseNorm(4, 4.0, 1.0, 2.0)(x)[0, :, 0])
+
+
+def test_defaults_are_torchs_or_the_papers() -> None:
+    norm, published, torchs = LocalResponseNorm(), LocalResponseNorm(torch_compat=False), nn.LocalResponseNorm(5)
+    assert (norm.size, norm.alpha, norm.beta, norm.k) == (5, torchs.alpha, torchs.beta, torchs.k)
+    assert (published.size, published.alpha, published.beta, published.k) == (5, 1e-4, 0.75, 2.0)
+    assert isinstance(norm, nn.LocalResponseNorm)
+    assert "torch_compat=False" in repr(published)
+
+
+def test_what_the_penalty_is_on() -> None:
+    x, norm = _image(), DivisiveNorm(4, Field(1, 3), Field(1, 3)).double()
+    assert_close(norm.centered(x), x - F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
+
+
+def test_lyu_simoncelli_on_images_is_a_convolution_of_the_energy() -> None:
+    x, norm = _image(), LyuSimoncelliNorm(4, 3).double()
+    torch.nn.init.normal_(norm.weight)
+    profile = norm.weight.detach() ** 2
+    kernel = (profile[:, :, None] * profile[:, None, :]).unsqueeze(1)
+    energy = F.conv2d(x**2, kernel, padding=1, groups=4)
+    assert_close(norm(x), x / (energy + 1 + 1e-6).sqrt())
+
+
+def test_lyu_simoncelli_on_vectors_is_elementwise() -> None:
+    x = torch.randn(3, 4, dtype=torch.float64)
+    weight, bias = torch.ones(4, 3, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    assert_close(lyu_simoncelli_norm(x, weight, bias), x / (1 + x**2).sqrt())
+
+
+def test_every_weight_can_leave_its_start() -> None:
+    norm = GDN(3)
+    norm(torch.randn(4, 3, 5)).square().sum().backward()
+    assert (norm.gamma.grad != 0).all()
+    assert (norm.beta.grad != 0).all()
+
+
+def test_stays_real_whatever_the_parameters() -> None:
+    norm = GDN(3)
+    nn.init.zeros_(norm.beta)
+    nn.init.constant_(norm.gamma, -1e-12)
+    assert norm(torch.randn(4, 3, 5) * 1e3).isfinite().all()
+    assert norm(torch.zeros(4, 3, 5)).isfinite().all()
+
+
+def _random(**options: object) -> GlobalResponseNorm:
+    norm = GlobalResponseNorm(6, **options).double()
+    random_(norm)
+    return norm
+
+
+@pytest.mark.parametrize("keys", [("weight", "bias"), ("gamma", "beta")])
+@pytest.mark.parametrize("shape", [(6,), (1, 1, 1, 6), (1, 6, 1, 1)])
+def test_foreign_checkpoints_load(keys: tuple[str, str], shape: tuple[int, ...]) -> None:
+    wanted = _random().state_dict()
+    block = nn.Sequential(GlobalResponseNorm(6)).double()
+    foreign = {f"0.{key}": value.view(shape) for key, value in zip(keys, wanted.values(), strict=True)}
+    kept = dict(foreign)
+    block.load_state_dict(foreign)
+    assert_close(block[0].state_dict(), wanted)
+    assert foreign == kept  # the caller's dictionary is as it was
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        block.load_state_dict({"0.weight": torch.ones(1, 1, 1, 5), "0.bias": torch.ones(6)})
+
+
+def test_an_image_of_zeros_is_left_alone() -> None:
+    x = torch.zeros(1, 3, 3, 6, dtype=torch.float64, requires_grad=True)
+    norm = _random()
+    assert_close(norm(x), norm.bias.expand_as(x))
+    assert torch.autograd.grad(norm(x).sum(), x)[0].isfinite().all()

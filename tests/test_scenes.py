@@ -57,10 +57,7 @@ def blender_root(tmp_path: Path) -> Path:
 
 def test_llff_scene(llff_root: Path) -> None:
     scene = llff(llff_root, "tiny")
-    assert scene.test == (0, 8)
-    assert scene.train == (1, 2, 3, 4, 5, 6, 7)
-    assert scene.size == (6, 8)
-    assert scene.focal == (10.0, 10.0)
+    assert (scene.test, scene.train, scene.size, scene.focal) == ((0, 8), (1, 2, 3, 4, 5, 6, 7), (6, 8), (10.0, 10.0))
     assert_close(scene.images[2, 0], torch.tensor([44 / 255] * 4 + [40 / 255] * 4)[:, None].expand(8, 3))
     assert_close(scene.poses[:, :, :3], torch.eye(3).expand(VIEWS, 3, 3))
     # The nearest bound, 4, comes to lie at 4/3.
@@ -68,14 +65,12 @@ def test_llff_scene(llff_root: Path) -> None:
     rays = scene.rays((1, 3))
     assert len(rays) == 2 * 6 * 8
     assert (rays.near, rays.far) == (0.0, 1.0)
-    assert_close(rays.origins[:, 2], -torch.ones(96))
-    assert_close(rays.looks.norm(dim=1), torch.ones(96))
+    assert_close((rays.origins[:, 2], rays.looks.norm(dim=1)), (-torch.ones(96), torch.ones(96)))
 
 
 def test_llff_reduced(llff_root: Path) -> None:
     scene = llff(llff_root, "tiny", reduce=2)
-    assert scene.size == (3, 4)
-    assert scene.focal == (5.0, 5.0)
+    assert (scene.size, scene.focal) == ((3, 4), (5.0, 5.0))
     assert_close(scene.images[2, 0], torch.tensor([44 / 255] * 2 + [40 / 255] * 2)[:, None].expand(4, 3))
 
 
@@ -98,8 +93,7 @@ def test_blender_scene(blender_root: Path) -> None:
     assert scene.train == (0, 1, 2)
     assert scene.test == (3, 4)  # the test views 0 and 8
     assert scene.size == (4, 4)
-    assert_close(scene.focal[0], 2.0)
-    assert_close(scene.poses[4, :, 3], torch.tensor([0.0, 0.0, 8.0]))
+    assert_close((scene.focal[0], scene.poses[4, :, 3]), (2.0, torch.tensor([0.0, 0.0, 8.0])))
     # A fifth of red over white.
     assert_close(scene.images[0, 0], torch.tensor([[1.0, 1, 1], [1, 1, 1], [1, 0.8, 0.8], [1, 0.8, 0.8]]))
     assert not scene.ndc
@@ -232,8 +226,7 @@ def test_missing_picture_of_a_blender_scene(blender_root: Path) -> None:
 )
 def test_fern() -> None:
     scene = llff(reduce=6)
-    assert scene.test == (0, 8, 16)
-    assert scene.size == (63, 84)
+    assert (scene.test, scene.size) == ((0, 8, 16), (63, 84))
     assert_close(scene.focal[0], 3260.526 * 84 / 4032, rtol=1e-4, atol=0)
     # Cameras stand close together, look the same way and lie within the unit cube of NDC.
     assert float(scene.poses[:, 2, 2].min()) > 0.95

@@ -1,4 +1,4 @@
-"""Every subject through every seam that applies, see ``seams``; and views of any shape."""
+"""Every subject through every seam that applies, see ``compatibility``; and views of any shape."""
 
 import copy
 
@@ -7,25 +7,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compatibility import CASES
 from laws import channels_first, sub_batch
 from normkit.core.errors import ShapeError
 from seam import Seam, near
-from seams import CASES
 from subjects import SUBJECTS, Subject, definition, gradients
 
 
 # torch's own forward mode scripts its decompositions, and its vmap runs some operators one by one; it warns of both.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning", "ignore:There is a performance drop")
-@pytest.mark.parametrize(
-    ("seam", "subject"), [pytest.param(*case, id=f"{case[0].name}-{case[1].name}") for case in CASES]
-)
+@pytest.mark.parametrize(("seam", "subject"), CASES, ids=lambda one: one.name)
 def test_at_every_seam(seam: Seam, subject: Subject) -> None:
     seam.run(subject)
 
 
-@pytest.mark.parametrize(
-    "subject", [subject for subject in SUBJECTS if subject.is_rule], ids=lambda subject: subject.name
-)
+@pytest.mark.parametrize("subject", [one for one in SUBJECTS if one.is_rule], ids=lambda one: one.name)
 @given(data=st.data())
 def test_views_of_any_shape(subject: Subject, data: st.DataObject) -> None:
     made = subject.fresh()

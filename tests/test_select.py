@@ -1,20 +1,16 @@
+"""Layers by their places, and rows and columns of every layer's weight."""
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.testing import assert_close
 
-from normkit.core.errors import NotationError, SurgeryError
+from foreign_norms import Conv1D
+from normkit.core.errors import OptionError
+from normkit.core.support import Support
 from normkit.surgery.select import select, weight_names
-
-
-class Conv1D(nn.Module):
-    """Shaped as the Conv1D of GPT-2 in transformers: a linear layer whose weight is (in, out)."""
-
-    def __init__(self, nf: int, nx: int) -> None:
-        super().__init__()
-        self.nf = nf
-        self.weight = nn.Parameter(torch.randn(nx, nf))
-        self.bias = nn.Parameter(torch.zeros(nf))
+from normkit.weights.layout import WeightLayout, weight_layout, weight_of
 
 
 class Mixed(nn.Module):
@@ -48,12 +44,9 @@ def test_places(where, names):
     assert list(select(Mixed(), where)) == names
 
 
-def test_a_module_in_two_places_counts_once():
+def test_a_module_in_two_places_or_at_both_ends_counts_once():
     shared = nn.Linear(4, 4)
     assert list(select(nn.Sequential(shared, nn.ReLU(), shared))) == ["0"]
-
-
-def test_a_single_layer_is_first_and_last_once():
     assert list(select(nn.Linear(2, 2), "first_last")) == [""]
 
 
@@ -69,29 +62,63 @@ def test_attention_with_other_sizes_has_three_weights():
     assert weight_names(nn.MultiheadAttention(8, 2, kdim=4)) == ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
-def test_unknown_words_list_what_exists():
-    with pytest.raises(
-        NotationError, match=r"'frist_last' is not known; did you mean 'first_last'.*hidden.*re:PATTERN"
-    ):
-        select(Mixed(), "frist_last")
-    with pytest.raises(NotationError, match="can't be read"):
-        select(Mixed(), "re:(")
+LAYERS = {
+    "linear": (nn.Linear(5, 4), (5,)),
+    "conv": (nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), (3, 4, 4)),
+    "grouped conv": (nn.Conv2d(4, 6, 3, padding=1, groups=2, padding_mode="circular"), (4, 4, 4)),
+    "depthwise conv": (nn.Conv1d(3, 6, 3, padding=1, groups=3, padding_mode="circular"), (3, 5)),
+    "transposed conv": (nn.ConvTranspose1d(3, 4, 1), (3, 5)),
+    "grouped transposed conv": (nn.ConvTranspose1d(4, 6, 1, groups=2), (4, 5)),
+    "gpt-2 conv": (Conv1D(4, 5), (5,)),
+}
 
 
-def test_an_empty_choice_says_which_layers_exist():
-    with pytest.raises(SurgeryError, match=r"'re:fc' chooses nothing.*that exist: embedding, stem, .*head"):
-        select(Mixed(), "re:fc")
-    with pytest.raises(SurgeryError, match="exist: none"):
-        select(nn.Sequential(nn.ReLU()))
-    with pytest.raises(SurgeryError, match=r"'hidden' chooses nothing.*exist: 0, 1$"):
-        select(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "hidden")
+def norms(weight: Tensor, support: Support) -> Tensor:
+    split = support.split(weight.shape)
+    return torch.linalg.vector_norm(weight.detach().reshape(split.shape), dim=split.dims).flatten()
 
 
-def test_layers_without_a_size_are_refused_when_asked_for():
-    with pytest.raises(SurgeryError, match="0: its weight has no size yet; run the model once"):
-        select(nn.Sequential(nn.LazyLinear(3)))
+def operator(layer: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """The layer as a matrix: outputs (channel, position) x inputs (channel, position)."""
+    count = torch.Size(shape).numel()
+    inputs = torch.eye(count).view(count, *shape)
+    with torch.no_grad():
+        return (layer(inputs) - layer(torch.zeros(1, *shape))).flatten(1).T
 
 
-def test_a_list_of_names_is_refused_with_the_cure() -> None:
-    with pytest.raises(NotationError, match="where is a list; wanted a word, 're:PATTERN' or a function"):
-        select(nn.Linear(2, 2), ["head"])  # pyright: ignore[reportArgumentType]
+@pytest.mark.parametrize(("layer", "shape"), LAYERS.values(), ids=LAYERS)
+def test_rows_and_columns_are_those_of_the_operator(layer, shape) -> None:
+    matrix, layout = operator(layer, shape), weight_layout(layer)
+    positions = torch.Size(shape[1:]).numel()
+    # float32 sums of up to 36 products.
+    rows = torch.linalg.vector_norm(matrix, dim=1).unflatten(0, (-1, positions))
+    assert_close(rows, norms(layer.weight, layout.rows).unsqueeze(1).expand_as(rows), rtol=1e-5, atol=1e-6)
+    columns = torch.linalg.vector_norm(matrix, dim=0).unflatten(0, (-1, positions))
+    assert_close(columns, norms(layer.weight, layout.columns()).unsqueeze(1).expand_as(columns), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("layer", "shape"), LAYERS.values(), ids=LAYERS)
+def test_the_unfolding_has_the_rows_and_the_unfolded_columns(layer, shape) -> None:
+    layout = weight_layout(layer)
+    matrix = layout.matrix(layer.weight.detach())
+    assert_close(torch.linalg.vector_norm(matrix, dim=1), norms(layer.weight, layout.rows))
+    if layout.groups == 1:
+        columns = norms(layer.weight, layout.columns("unfold"))
+        assert_close(torch.linalg.vector_norm(matrix, dim=0).sort().values, columns.sort().values)
+
+
+def test_layouts_of_parametrized_layers_of_attention_and_of_others() -> None:
+    layer = nn.utils.parametrizations.weight_norm(nn.ConvTranspose2d(4, 6, 3, groups=2))
+    assert weight_layout(layer) == WeightLayout(output_axis=1, groups=2)
+    attention = nn.MultiheadAttention(4, 2)  # which stacks three matrices
+    assert weight_layout(attention, "in_proj_weight").columns().split((12, 4)).shape == (3, 4, 4)
+    others = (attention.out_proj, "weight"), (nn.LSTM(3, 4), "weight_hh_l0"), (nn.Bilinear(2, 3, 4), "weight")
+    assert {weight_layout(*other) for other in others} == {WeightLayout()}  # outputs first
+    assert weight_layout(nn.Embedding(7, 3)).rows == Support("o *", over="*")
+
+
+def test_faults_say_what_is_there() -> None:
+    module = nn.Module()
+    module.register_buffer("weight", torch.arange(3))
+    with pytest.raises(OptionError, match=r"torch.int64; wanted a floating dtype"):
+        weight_of(module, "weight", "here")

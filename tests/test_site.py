@@ -1,7 +1,6 @@
 """The documentation's site: it builds without a warning, weighs little, and its text can be read in the light and in the dark."""
 
 import html
-import json
 import os
 import re
 import subprocess
@@ -12,14 +11,12 @@ from typing import Any
 
 import pytest
 
-from test_browser import BROWSER, browse
+from test_pages import BROWSER, answer
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("index", "install", "methods", "training-loop", "atlas", "reference/weights", "results/table1/result")
 
-chromium = pytest.mark.skipif(
-    BROWSER is None, reason="there is no Chromium; apt-get install chromium, or .ci/run as root"
-)
+chromium = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium; apt-get install chromium, or .ci/run")
 pytestmark = pytest.mark.skipif(find_spec("mkdocs") is None, reason="the site needs the extra [docs]")
 
 
@@ -32,16 +29,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ask(page: Path, script: str) -> Any:
-    """What a script leaves on a copy of a page; the console must stay silent."""
+    """What a script leaves on a copy of a page."""
     marked = page.with_name(f"{page.stem}-asked.html")
     marked.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
-    dom, said = browse(
-        page.parent, "--virtual-time-budget=8000", "--window-size=1300,3000", "--dump-dom", marked.as_uri()
-    )
-    assert said == []
-    answer = re.search(r'<pre id="found">(.*?)</pre>', dom, re.DOTALL)
-    assert answer, dom[-2000:]
-    return json.loads(html.unescape(answer[1]))
+    return answer(page.parent, "--virtual-time-budget=8000", "--window-size=1300,3000", marked.as_uri())
 
 
 def test_every_page_loads_little_and_nothing_from_elsewhere(site: Path) -> None:

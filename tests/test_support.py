@@ -49,17 +49,14 @@ def test_a_shape_that_does_not_fit_is_refused_by_axis(support: Support, shape: t
         support.split(shape)
 
 
-@given(
-    groups=st.integers(1, 4),
-    size=st.integers(1, 4),
-    batch=st.integers(0, 3),
-    stars=st.lists(st.integers(1, 3), max_size=3),
-)
+FEW, STARS = st.integers(1, 4), st.lists(st.integers(1, 3), max_size=3)
+
+
+@given(groups=FEW, size=FEW, batch=st.integers(0, 3), stars=STARS)
 def test_split_keeps_elements_and_order(groups: int, size: int, batch: int, stars: list[int]) -> None:
     shape = (batch, groups * size, *stars)
     split = Support("n (g c) *", over="c *", g=groups).split(shape)
-    assert split.shape == (batch, groups, size, *stars)
-    assert split.names == ("n", "g", "c", *["*"] * len(stars))
+    assert (split.shape, split.names) == ((batch, groups, size, *stars), ("n", "g", "c", *["*"] * len(stars)))
     assert split.dims == (2, *range(3, 3 + len(stars)))
     assert split.statistics_shape == (batch, groups, 1, *[1] * len(stars))
     x = torch.arange(torch.Size(shape).numel()).view(shape)
@@ -73,9 +70,14 @@ def test_many_shapes_do_not_fill_memory() -> None:
     assert len(support._splits) <= 256
 
 
-def test_equal_notation_is_equal() -> None:
+def test_notation_is_compared_and_explained() -> None:
     assert Support("n  c *", over="* n") == Support("n c *", over="n *")
     assert len({Support("n c", over="c"), Support("n c", over="c"), Support("n c", over="n")}) == 2
+    assert parse_axes("batch (heads width)") == (("batch",), ("heads", "width"))  # names may be words
+    text = Support("batch (heads width)", over="width", heads=2).explain((3, 8))
+    assert text.endswith("one statistic for each of 3 batch x 2 heads = 6, over 4 width")
+    assert "for each of the channels, over the samples and positions" in Support("n c *", over="n *").explain()
+    assert "the whole tensor" in Support("n c", over="n c").explain()
 
 
 def test_parameters_are_placed_by_name() -> None:
@@ -87,14 +89,3 @@ def test_parameters_are_placed_by_name() -> None:
     assert place(torch.zeros(()), "", split).shape == (1, 1, 1, 1)
     with pytest.raises(ShapeError, match=r"per '\(g c\)' has shape 5, wanted 6"):
         place(torch.zeros(5), "(g c)", split)
-
-
-def test_names_may_be_words() -> None:
-    assert parse_axes("batch (heads width)") == (("batch",), ("heads", "width"))
-    text = Support("batch (heads width)", over="width", heads=2).explain((3, 8))
-    assert text.endswith("one statistic for each of 3 batch x 2 heads = 6, over 4 width")
-
-
-def test_explain_without_a_shape() -> None:
-    assert "for each of the channels, over the samples and positions" in Support("n c *", over="n *").explain()
-    assert "the whole tensor" in Support("n c", over="n c").explain()

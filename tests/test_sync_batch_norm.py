@@ -4,10 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.testing import assert_close
 
+from foreign_norms import random_
 from normkit.activations.sync_batch_norm import SyncBatchNorm, sync_batch_norm
+from normkit.core.errors import ShapeError
 from processes import run_together
 
 SIZES = [5, 1, 0]
@@ -17,8 +20,7 @@ def _case(sizes: list[int], *shape: int, mean: float = 2.0, dtype: torch.dtype =
     last = options.get("layout") == "n * c"
     x = torch.randn(sum(sizes), 3, *shape, dtype=dtype) * 2 + mean
     norm = SyncBatchNorm(3, **options).to(dtype)
-    for parameter in norm.parameters():
-        nn.init.normal_(parameter, 1.0)
+    random_(norm, mean=1.0)
     masked = options.pop("masked", False)
     x = x.movedim(1, -1).contiguous() if last else x
     return {
@@ -53,10 +55,7 @@ def _cases() -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What three processes found."""
-    folder = tmp_path_factory.mktemp("sync")
-    torch.save(_cases(), folder / "cases")
-    run_together("sync_worker.py", 3, folder, str(folder / "cases"), str(folder / "found"))
-    return [torch.load(folder / f"found{rank}") for rank in range(3)]
+    return run_together("test_sync_batch_norm:normalized_together", 3, tmp_path_factory.mktemp("sync"), _cases())
 
 
 @pytest.mark.parametrize("name", _cases())
@@ -103,3 +102,35 @@ def test_function_in_one_process() -> None:
     norm = nn.BatchNorm1d(3)
     assert_close(sync_batch_norm(x, mean, var), norm(x))
     assert_close((mean, var), (norm.running_mean, norm.running_var))
+
+
+def run(case: dict[str, Any], rank: int) -> dict[str, Any]:
+    norm = SyncBatchNorm(3, **case["options"]).to(case["dtype"])
+    norm.load_state_dict(case["state"])
+    x: Tensor = case["x"].split(case["sizes"])[rank].clone().requires_grad_()
+    direction = case["direction"].split(case["sizes"])[rank]
+    mask = None if case["mask"] is None else case["mask"].split(case["sizes"])[rank]
+    y = norm(x, mask=mask)
+    loss = (y * direction).sum() + y.pow(3).sum() / 10
+    (first,) = torch.autograd.grad(loss, x, create_graph=True)
+    second = torch.autograd.grad((first * direction).sum(), x, retain_graph=True)[0]
+    loss.backward()
+    parameters = {name: p.grad for name, p in norm.named_parameters()}
+    state = {key: value.clone() for key, value in norm.state_dict().items()}
+    return {
+        "y": y.detach(), "dx": x.grad, "ddx": second, "parameters": parameters, "state": state,
+        "eval": norm.eval()(x).detach(),
+    }  # fmt: skip
+
+
+def refused() -> bool:
+    """One value per channel in all processes together."""
+    try:
+        SyncBatchNorm(3)(torch.randn(1 if dist.get_rank() == 1 else 0, 3))
+    except ShapeError as error:
+        return "more than 1 value per channel" in str(error)
+    return False
+
+
+def normalized_together(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {"cases": {name: run(case, dist.get_rank()) for name, case in cases.items()}, "refused": refused()}

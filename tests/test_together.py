@@ -11,13 +11,10 @@ from torch.testing import assert_close
 
 from normkit.core.errors import BackendError
 from normkit.engine.library import why_not
-from normkit.weights import kernels
-from normkit.weights.multi_tensor import together
-from normkit.weights.scaled_weight_standardization import scaled_weight_standardization
-from normkit.weights.spectral_norm import spectral_norm
+from normkit.weights import kernels, scaled_weight_standardization, spectral_norm, weight_standardization
+from normkit.weights.parametrization import together
 from normkit.weights.weight_conditioning import Equilibrate, weight_conditioning
 from normkit.weights.weight_norm import WeightNorm, weight_norm
-from normkit.weights.weight_standardization import weight_standardization
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no native kernels: {why_not()}")
 
@@ -49,18 +46,13 @@ def test_together_computes_the_same() -> None:
     wanted = gradients(twin)
     with together(model):
         assert model[0].weight is model[0].weight
-        assert (
-            len({id(layer.weight.grad_fn) for layer in (model[0], model[2], model[3], model[5], model[6], model[7])})
-            <= 6
-        )
+        assert len({id(model[k].weight.grad_fn) for k in (0, 2, 3, 5, 6, 7)}) <= 6
         y = model(X)
         y2 = model(X)
     assert_close(y2, y, rtol=0, atol=0)
     got = torch.autograd.grad(y.square().sum(), list(model.parameters()))
     assert_close(list(got), wanted, rtol=0, atol=0)
-    assert_close(
-        model[6].get_buffer("parametrizations.weight.0._u"), twin[6].get_buffer("parametrizations.weight.0._u")
-    )
+    assert_close(*(each[6].get_buffer("parametrizations.weight.0._u") for each in (model, twin)))
     assert model[0].weight is not model[0].weight
 
 

@@ -1,6 +1,8 @@
-"""What normalizations of a token by itself equal, and where they start."""
+"""What normalizations of a token by itself equal, where they start, and RMSNorm's published forms."""
 
 import math
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -8,29 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from normkit import FixNorm, LearnedScale, QueryKeyNorm, ScaleNorm
-from normkit.functional import (
-    fix_norm,
-    hypersphere,
-    hypersphere_residual,
-    partial_rms_norm,
-    query_key_norm,
-    renormalize_,
-    rms_norm,
-    scale_norm,
-)
-
-# Partial RMS normalization
-
-
-@pytest.mark.parametrize("guard", ["inside", "outside", "floor"])
-def test_all_features_are_rms_norm(guard: str) -> None:
-    x, weight = torch.randn(4, 6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
-    found = partial_rms_norm(x, 1.0, weight, eps=0.1, guard=guard)
-    assert_close(found, rms_norm(x, 6, weight, 0.1, guard=guard), rtol=1e-12, atol=1e-12)
-
-
-# ScaleNorm
+import normkit as nk
+from normkit import FixNorm, LearnedScale, QueryKeyNorm, RMSNorm, ScaleNorm
+from normkit.engine.library import library
+from normkit.functional import fix_norm, hypersphere, hypersphere_residual, rms_norm, scale_norm
 
 
 def test_eps_is_a_floor_of_the_norm() -> None:
@@ -50,9 +33,6 @@ def test_one_scalar_may_be_shared_by_all_places() -> None:
     fresh = ScaleNorm(8)
     other = nn.Sequential(fresh, ScaleNorm(8, weight=fresh.weight), ScaleNorm(8))
     other.load_state_dict(model.state_dict())
-
-
-# FixNorm
 
 
 @pytest.mark.parametrize("fix_embeddings", [True, False])
@@ -94,9 +74,6 @@ def test_a_word_of_zeros_and_a_token_of_zeros_are_harmless() -> None:
     assert x.grad.isfinite().all()
 
 
-# Query-key normalization
-
-
 def qkv() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Two samples, three heads, five queries, seven keys of eight features, values of four."""
     shapes = ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 4))
@@ -107,7 +84,6 @@ def qkv() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_the_cosine_forms_gain_starts_by_the_length() -> None:
     attention = QueryKeyNorm(8, length=20)
     assert attention.q_norm.weight.item() == pytest.approx(math.log2(20**2 - 20))
-    assert list(attention.state_dict()) == ["q_norm.weight"]
 
 
 @pytest.mark.parametrize("form", ["rms", "layer"])
@@ -123,7 +99,7 @@ def test_the_modern_forms_are_the_norms_and_then_attention(form: str) -> None:
     wanted = F.scaled_dot_product_attention(q_norm(q), k_norm(k), v)
     assert_close(attention(q, k, v), wanted, rtol=1e-9, atol=1e-9)
     biases = [getattr(norm, "bias", None) for norm in (q_norm, k_norm)]
-    found = query_key_norm(q, k, q_norm.weight, k_norm.weight, *biases, form=form)
+    found = nk.functional.query_key_norm(q, k, q_norm.weight, k_norm.weight, *biases, form=form)
     assert_close(found, (q_norm(q), k_norm(k)), rtol=1e-9, atol=1e-9)
 
 
@@ -146,9 +122,6 @@ def test_dropout_is_for_training_alone() -> None:
     exact = attention(q, k, v)
     assert not torch.allclose(attention(q, k, v, dropout=0.5), exact)
     assert_close(attention.eval()(q, k, v, dropout=0.5), exact)
-
-
-# The normalized transformer's parts
 
 
 def test_extreme_rates() -> None:
@@ -174,8 +147,128 @@ def test_weights_go_back_to_the_sphere_after_a_step() -> None:
     model["down"](model["up"](model["words"](torch.arange(11)))).square().sum().backward()
     optimizer.step()
     before = {name: layer.weight.detach().clone() for name, layer in model.items()}
-    renormalize_(reads=[model["words"], model["up"]], writes=[model["down"]])
+    nk.functional.renormalize_(reads=[model["words"], model["up"]], writes=[model["down"]])
     for name, dim in (("words", 1), ("up", 1), ("down", 0)):
         weight = model[name].weight
         assert weight.requires_grad
         assert_close(weight, before[name] / before[name].norm(dim=dim, keepdim=True))
+
+
+# RMSNorm's published forms: where eps stands, what the weight is counted from, when a half type is rounded
+
+FORMS: dict[str, dict[str, Any]] = {
+    "LlamaRMSNorm": {"eps": 1e-6, "cast": "before weight"},
+    "T5LayerNorm": {"eps": 1e-6, "cast": "before weight"},
+    "GemmaRMSNorm": {"eps": 1e-6, "offset": 1.0},
+}
+
+
+def published(name: str) -> type[nn.Module]:
+    pytest.importorskip("transformers", reason="the published classes are in transformers")
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+    return {"LlamaRMSNorm": LlamaRMSNorm, "T5LayerNorm": T5LayerNorm, "GemmaRMSNorm": GemmaRMSNorm}[name]
+
+
+def twins(name: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    theirs = published(name)(96)
+    with torch.no_grad():
+        theirs.weight.add_(torch.randn(96) * 0.3)
+    theirs = theirs.to(dtype)
+    ours = RMSNorm(96, **FORMS[name], dtype=dtype)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_equals_transformers_in_float32_with_gradients(name: str) -> None:
+    ours, theirs = twins(name, torch.float32)
+    assert_close(RMSNorm(96, **FORMS[name]).weight, published(name)(96).weight, rtol=0, atol=0)
+    x, direction = torch.randn(4, 7, 96), torch.randn(4, 7, 96)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    found, wanted = ours(a), theirs(b)
+    assert_close(found, wanted)
+    assert_close(
+        torch.autograd.grad((found * direction).sum(), [a, *ours.parameters()]),
+        torch.autograd.grad((wanted * direction).sum(), [b, *theirs.parameters()]),
+        rtol=1e-5,  # sums of 28 products in another order
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["LlamaRMSNorm", "T5LayerNorm"])
+def test_equals_transformers_in_half_types(name: str, dtype: torch.dtype) -> None:
+    ours, theirs = twins(name, dtype)
+    x = (torch.randn(64, 96) * 3 + 1).to(dtype)
+    # The kernel rounds 1 / rms once, from double; theirs twice, in float32. So now and then a value falls to its neighbour, and
+    # the weight may double that.
+    eps = torch.finfo(dtype).eps
+    assert_close(ours(x), theirs(x), rtol=2 * eps, atol=0)
+    assert (ours(x) == theirs(x)).double().mean() > 0.99
+    # A float32 weight with a half input: theirs leaves float32, ours keeps the input's dtype.
+    ours, theirs = twins(name, torch.float32)
+    if name == "LlamaRMSNorm":
+        assert_close(ours(x), theirs(x).to(dtype), rtol=2 * eps, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_equals_gemma_in_half_types_to_the_last_place(dtype: torch.dtype) -> None:
+    ours, theirs = twins("GemmaRMSNorm", dtype)
+    x = (torch.randn(64, 96) * 3 + 1).to(dtype)
+    # The mean square is summed in another order, so now and then the one rounding at the end falls to the neighbour.
+    eps = torch.finfo(dtype).eps
+    assert_close(ours(x), theirs(x), rtol=eps, atol=0)
+    assert (ours(x) == theirs(x)).double().mean() > 0.99
+
+
+def test_the_order_of_the_cast_matters_only_in_half_types() -> None:
+    weight = torch.rand(96) + 0.5
+    for dtype, same in ((torch.float32, True), (torch.float64, True), (torch.bfloat16, False)):
+        x, w = torch.randn(64, 96).to(dtype), weight.to(dtype)
+        early = rms_norm(x, 96, w, cast="before weight")
+        late = rms_norm(x, 96, w, cast="after weight")
+        assert early.dtype == late.dtype == dtype
+        if same:
+            assert_close(early, late)
+        else:
+            assert not torch.equal(early, late)
+        # Each order as it is written out.
+        wide = x if dtype == torch.float64 else x.float()
+        normalized = wide * (wide.square().mean(-1, keepdim=True) + torch.finfo(wide.dtype).eps).rsqrt()
+        assert_close(early, normalized.to(dtype) * w)
+        assert_close(late, (normalized * w.to(wide.dtype)).to(dtype))
+
+
+@pytest.mark.parametrize("guard", ["inside", "outside", "floor"])
+def test_where_eps_stands(guard: str) -> None:
+    x, eps, (weight, bias) = torch.randn(5, 8).double() * 0.3, 0.25, torch.randn(2, 8).double()
+    square = x.square().mean(-1, keepdim=True)
+    scale = {"inside": (square + eps).sqrt(), "outside": square.sqrt() + eps, "floor": square.sqrt().clamp_min(eps)}
+    for offset, cast in product((0.0, 1.0), ("after weight", "before weight")):
+        wanted = (offset + weight) * x / scale[guard] + bias
+        options = {"guard": guard, "offset": offset, "cast": cast}
+        assert_close(rms_norm(x, 8, weight, eps, bias=bias, **options), wanted, rtol=1e-12, atol=1e-12)
+        made = RMSNorm(8, eps, **options, bias=True, dtype=torch.float64)
+        assert_close(made(x), x / scale[guard], rtol=1e-12, atol=1e-12)
+        made.load_state_dict({"weight": weight, "bias": bias})
+        assert_close(made(x), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_large_values_overflow_only_where_their_squares_do() -> None:
+    assert rms_norm(torch.full((1, 4), 1e18), 4).eq(1).all()
+    assert rms_norm(torch.full((1, 4), 3e4, dtype=torch.float16), 4).eq(1).all()  # its square is beyond float16
+    # 1e60 is beyond float32: the definition gives 0, as torch does; the kernels take such squares in double.
+    assert rms_norm(torch.full((1, 4), 1e30), 4, backend="reference").eq(0).all()
+    if library() is not None:
+        assert rms_norm(torch.full((1, 4), 1e30), 4).eq(1).all()
+    assert_close(rms_norm(torch.full((1, 4), 1e30, dtype=torch.float64), 4), torch.ones(1, 4, dtype=torch.float64))
+
+
+def test_says_what_it_is() -> None:
+    assert repr(RMSNorm(4)) == "RMSNorm((4,), eps=None, elementwise_affine=True)"
+    assert "offset=1.0" in repr(RMSNorm(4, offset=1.0))
+    assert "cast='before weight'" in repr(RMSNorm(4, cast="before weight"))

@@ -70,12 +70,8 @@ class Twice(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.norm, self.embedding, self.head = (
-            nn.Linear(3, 3),
-            nn.RMSNorm(3),
-            nn.Embedding(4, 3),
-            nn.Linear(3, 4),
-        )
+        self.a, self.norm = nn.Linear(3, 3), nn.RMSNorm(3)
+        self.embedding, self.head = nn.Embedding(4, 3), nn.Linear(3, 4)
         self.b, self.again, self.head.weight = self.a, self.norm, self.embedding.weight
 
 
@@ -233,10 +229,7 @@ def test_what_other_frameworks_keep(framework: str, recipe: str) -> None:
         translate(state, model, source=framework, rename=lambda key: _ours(key) if "extra" not in key else key)
     with pytest.raises(nk.errors.SurgeryError, match="transposed convolution"):
         translate({"kernel": torch.ones(2, 2, 3, 4)}, nn.ConvTranspose2d(3, 4, 2, bias=False), source=framework)
-    for layer, said in (
-        (nn.ConvTranspose2d(3, 4, 2), "transposed convolution"),
-        (nn.LSTM(3, 3), "of LSTM, whose kernels"),
-    ):
+    for layer, said in ((nn.ConvTranspose2d(3, 4, 2), "transposed convolution"), (nn.LSTM(3, 3), "of LSTM, whose")):
         with pytest.raises(nk.errors.SurgeryError, match=said):
             translate(layer.state_dict(), layer, to=framework)
     packed = nn.ModuleDict({"a": nn.MultiheadAttention(3, 1, bias=False)})
@@ -254,9 +247,8 @@ def test_heads_of_attention_and_half_types() -> None:
     assert_close(translate({"params": arrays}, model, source="flax"), dict(model.state_dict()), rtol=0, atol=0)
     half = {name: {k: v.numpy().astype(ml.bfloat16) for k, v in parts.items()} for name, parts in arrays.items()}
     model.load_state_dict(translate({"params": half}, model, source="flax"))
-    assert_close(
-        model["query"](x), nn.functional.linear(x, q.bfloat16().float().t(), bias["query"].flatten().bfloat16().float())
-    )
+    wanted = nn.functional.linear(x, q.bfloat16().float().t(), bias["query"].flatten().bfloat16().float())
+    assert_close(model["query"](x), wanted)
     arrays["out"]["bias"] = bias["out"].numpy().astype(ml.float8_e5m2)
     with pytest.raises(nk.errors.SurgeryError, match=r"params.out.bias is of float8_e5m2.*cast it"):
         translate({"params": arrays}, model, source="flax")
@@ -310,13 +302,10 @@ def test_files(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> 
     wanted = translate(tied.state_dict(), tied, to="plain", save=path)
     assert_close(translate(path, nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), save=str(other)), wanted)
     assert list(translate(str(other), tied)) == list(tied.state_dict())
+    pair = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("the disk is full")))
     with pytest.raises(OSError, match="full"):
-        translate(
-            {key: value + 1 for key, value in wanted.items()},
-            nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)),
-            save=other,
-        )
+        translate({key: value + 1 for key, value in wanted.items()}, copy.deepcopy(pair), save=other)
     assert_close(translate(other, nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))), wanted)  # as it was
     assert {each.name for each in tmp_path.iterdir()} == {path.name, other.name}
     if ending == "safetensors":
@@ -348,5 +337,3 @@ def test_norms_adopt_another_frameworks_constants() -> None:
     assert [row.note for row in adopt(model, "torch", where="re:0", momentum=0.9)] == ["momentum 0.1 -> 0.9"]
     notes = [row.note for framework in ("timm", "torch") for row in adopt(model, framework, where="re:3")]
     assert notes == ["eps None -> 1e-06", "eps 1e-06 -> None"]
-    with pytest.raises(nk.errors.OptionError, match="'jax' is not known"):
-        adopt(model, "jax")

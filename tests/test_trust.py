@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +16,24 @@ from rich.console import Console
 
 import lab_samples
 from experiment_samples import EXPERIMENT
+from interruption import Stop, at_call
+from lab_samples import files
 from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record
-from normkit.lab.comparison import compare
 from normkit.lab.experiment import Bench
 from normkit.lab.experiments import reshow
 from normkit.lab.perform import perform
 from normkit.lab.settings import Settings
 
-SMALL = Settings(
-    recipes=("keep", "keep+e"), seeds=(0, 1), rates=(0.1,), epochs=2, batch_size=32, extend=False, accelerator="cpu"
-)
+SMALL = replace(lab_samples.SMALL, rates=(0.1,), epochs=2)
 QUIET = Console(quiet=True)
-
-
-def compared(folder: Path, settings: Settings = SMALL, **options: Any) -> dict[str, Any]:
-    given: dict[str, Any] = {"model": lab_samples.model, "data": lab_samples.data, "report": False, **options}
-    return compare(settings, folder, console=QUIET, **given)
+compared = partial(lab_samples.compared, settings=SMALL)
 
 
 def performed(folder: Path, **options: Any) -> dict[str, Any]:
     more = {key: options.pop(key) for key in ("overwrite", "report") if key in options}
-    return perform(
-        EXPERIMENT, Bench("small", folder, seeds=(0, 1), console=QUIET, **options), **{"report": False, **more}
-    )
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    bench = Bench("small", folder, seeds=(0, 1), console=QUIET, **options)
+    return perform(EXPERIMENT, bench, **{"report": False, **more})
 
 
 def trained(folder: Path) -> set[Path]:
@@ -84,12 +76,29 @@ def test_a_strangers_folder_is_left_alone(tmp_path: Path, begin: Callable[..., A
     assert {name: kept for name, kept in files(tmp_path).items() if name != ".lock"} == before
 
 
+ELSEWHERE = {
+    "the experiment table1": {"experiment": "table1", "scale": "small", "epochs": None, "threads": 1, "seeds": [0]},
+    "a comparison by an earlier normkit": SMALL.record("cpu"),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("whose", ELSEWHERE)
+def test_records_of_something_else_are_refused(tmp_path: Path, begin: Callable[..., Any], whose: str) -> None:
+    record.write_json(tmp_path / "config.json", ELSEWHERE[whose])
+    for run in ("keep/rate=0.1/seed=0", "left/seed=0"):
+        record.write_json(tmp_path / f"runs/{run}/result.json", {})
+    with pytest.raises(RecordError, match=f"holds records of {whose}, not of .*; choose another"):
+        begin(tmp_path)
+    record.write_json(tmp_path / "result.json", {"schema": 1, "title": "keep", "recipes": []})
+    with pytest.raises(RecordError, match=r"a comparison by an earlier normkit; .*--overwrite"):
+        reshow(tmp_path)
+
+
 @BOTH
 def test_overwriting_spares_what_is_not_ours(tmp_path: Path, begin: Callable[..., Any]) -> None:
     begin(tmp_path, report=True)
-    strange = {
-        f"{name}": b"years" for name in ("runs/exp1/best.pt", "figures/mine.png", "notes/a.txt", "tensorboard/b")
-    }
+    strange = dict.fromkeys(("runs/exp1/best.pt", "figures/mine.png", "notes/a.txt", "tensorboard/b"), b"years")
     for name, content in strange.items():
         record.write_bytes(tmp_path / name, content)
     ours = files(tmp_path).keys() - strange.keys()
@@ -100,19 +109,16 @@ def test_overwriting_spares_what_is_not_ours(tmp_path: Path, begin: Callable[...
 
 
 def test_a_finished_comparison_is_checked_against_its_data_and_model(copied: Path) -> None:
-    changed = lab_samples.changed(test=lab_samples.data()["train"])
-    changed.__module__, changed.__qualname__ = lab_samples.data.__module__, lab_samples.data.__qualname__
     with pytest.raises(RecordError, match=r"data_sha256 is .*--overwrite"):
-        compared(copied, data=changed)
+        compared(copied, data=lab_samples.other_data)
 
     def other(classes: int = 3) -> torch.nn.Module:
         return torch.nn.Sequential(torch.nn.Flatten(), lab_samples.model(classes))
 
-    other.__module__, other.__qualname__ = lab_samples.model.__module__, lab_samples.model.__qualname__
     with pytest.raises(RecordError, match=r"init_sha256 is "):
-        compared(copied, model=other)
+        compared(copied, model=lab_samples.posing(other, lab_samples.model))
     before = record.read_json(copied / "result.json")["result"]["recipes"][0]["test_score"]
-    assert compared(copied, data=changed, overwrite=True)["result"]["recipes"][0]["test_score"] != before
+    assert compared(copied, data=lab_samples.other_data, overwrite=True)["result"]["recipes"][0]["test_score"] != before
 
 
 def test_a_finished_comparison_whose_run_is_gone_gets_it_back(copied: Path, comparison: Path) -> None:
@@ -124,46 +130,15 @@ def test_a_finished_comparison_whose_run_is_gone_gets_it_back(copied: Path, comp
             assert (gone / path).read_bytes() == (comparison / gone.relative_to(copied) / path).read_bytes()
 
 
-class Stop(BaseException):
-    """Stands for a kill."""
-
-
-@pytest.fixture
-def stopped(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
-    """Stops at the n-th call of a file operation; tells whether it came so far."""
-
-    def stop(count: int, operation: str, work: Callable[[], Any]) -> bool:
-        real, left = getattr(os, operation), count
-
-        def counted(*given: Any, **options: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                raise Stop
-            return real(*given, **options)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, operation, counted)
-            try:
-                work()
-            except Stop:
-                return True
-        return False
-
-    return stop
-
-
 @pytest.mark.parametrize("operation", ["rename", "unlink", "replace"])
-def test_overwriting_stopped_at_any_instant_leaves_no_old_run(
-    comparison: Path, tmp_path: Path, stopped: Callable[..., bool], operation: str
-) -> None:
+def test_overwriting_stopped_at_any_instant_leaves_no_old_run(comparison: Path, tmp_path: Path, operation: str) -> None:
     settings = replace(SMALL, seeds=(0,))
-    once = lab_samples.changed(test=lab_samples.data()["train"])
-    once.__module__, once.__qualname__ = lab_samples.data.__module__, lab_samples.data.__qualname__
+    once = lab_samples.other_data
     wanted = compared(tmp_path / "new", settings, data=once)["result"]["recipes"]
     for count in (1, 2, 3, 5, 8, 12):
         folder = Path(shutil.copytree(comparison, tmp_path / f"{operation}{count}"))
-        stopped(count, operation, lambda folder=folder: compared(folder, settings, data=once, overwrite=True))
+        with suppress(Stop), at_call(os, operation, count):
+            compared(folder, settings, data=once, overwrite=True)
         found = compared(folder, settings, data=once, overwrite=count % 2 == 0 or count == 1)["result"]["recipes"]
         for one, other in zip(found, wanted, strict=True):
             assert one["test_score"] == other["test_score"]
@@ -172,29 +147,15 @@ def test_overwriting_stopped_at_any_instant_leaves_no_old_run(
 
 
 @BOTH
-def test_overwriting_given_again_gets_on(
-    tmp_path: Path, begin: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_overwriting_given_again_gets_on(tmp_path: Path, begin: Callable[..., Any]) -> None:
     begin(tmp_path)
-    real, sessions = record.write_checkpoint, 0
-    while True:
-        sessions, left = sessions + 1, 3
-
-        def write(*given: Any) -> None:
-            nonlocal left
-            left -= 1
-            if not left:
-                raise Stop
-            real(*given)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(record, "write_checkpoint", write)
-            try:
-                begin(tmp_path, overwrite=True)
-                break
-            except Stop:
-                assert sessions < 12
-    assert sessions > 1
+    stops = 0
+    while stops < 12:
+        with suppress(Stop), at_call(record, "write_checkpoint", 3):
+            begin(tmp_path, overwrite=True)
+            break
+        stops += 1
+    assert 0 < stops < 12
     again = begin(tmp_path)
     assert again["finished"] == record.read_json(tmp_path / "result.json")["finished"]
     begin(tmp_path, overwrite=True)  # a finished record is begun from nothing
@@ -248,12 +209,8 @@ def damaged(path: Path) -> Iterator[str]:
                     lines = map(json.dumps, made) if path.suffix == ".jsonl" else [json.dumps(made)]
                     path.write_text("\n".join(lines) + "\n")
                     yield f"{path.name} {place} {name}"
-        for name, text in {
-            "empty": "",
-            "half": whole[: len(whole) // 2],
-            "twice": whole + whole,
-            "deep": "[" * 10**5,
-        }.items():
+        ruins = {"empty": "", "half": whole[: len(whole) // 2], "twice": whole + whole, "deep": "[" * 10**5}
+        for name, text in ruins.items():
             path.write_text(text)
             yield f"{path.name} {name}"
     finally:
@@ -263,14 +220,10 @@ def damaged(path: Path) -> Iterator[str]:
 RUN = "runs/keep+e/rate=0.1/seed=0"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "result.json",
-        "runs/costs/*/result.json",
-        *(f"{RUN}/{file}" for file in ("result.json", "metrics.jsonl", "timing.jsonl", "timing.json")),
-    ],
-)
+OF_RUN = [f"{RUN}/{file}" for file in ("result.json", "metrics.jsonl", "timing.jsonl", "timing.json")]
+
+
+@pytest.mark.parametrize("name", ["result.json", "runs/costs/*/result.json", *OF_RUN])
 def test_a_damaged_comparison_is_told_or_does_no_harm(
     copied: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -328,29 +281,14 @@ def test_a_later_schema_can_be_come_by(copied: Path, name: str) -> None:
     assert compared(copied)["schema"] == 1
 
 
-def test_a_folder_removed_meanwhile_is_no_dead_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comparison: Path
-) -> None:
-    real, left = record.write_checkpoint, 3
-
-    def write(*given: Any) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            shutil.rmtree(tmp_path / "out")
-        real(*given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(record, "write_checkpoint", write)
-        with pytest.raises(RecordError, match=r"was removed while .*same command"):
-            compared(tmp_path / "out")
-        left = 3
-        with pytest.raises(RecordError, match=r"was removed while .*same command"):
-            performed(tmp_path / "out")
+def test_a_folder_removed_meanwhile_is_no_dead_end(tmp_path: Path, comparison: Path) -> None:
+    for begin in (compared, performed):
+        gone = at_call(record, "write_checkpoint", 3, lambda: shutil.rmtree(tmp_path / "out"))
+        with gone, pytest.raises(RecordError, match=r"was removed while .*same command"):
+            begin(tmp_path / "out")
     found = compared(tmp_path / "out")
-    for one, other in zip(
-        found["result"]["recipes"], record.read_json(comparison / "result.json")["result"]["recipes"], strict=True
-    ):
+    rows = [each["result"]["recipes"] for each in (found, record.read_json(comparison / "result.json"))]
+    for one, other in zip(*rows, strict=True):
         assert one["test_score"] == other["test_score"]
 
 

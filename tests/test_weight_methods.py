@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,15 +12,12 @@ from torch import nn
 from torch.nn.utils import parametrizations as theirs
 from torch.testing import assert_close
 
+from foreign_norms import random_
 from normkit.core.errors import OptionError
 from normkit.weights.layout import WeightLayout
-from normkit.weights.power_iteration import power_iteration, power_iteration_square
-from normkit.weights.spectral_norm import SpectralNorm, spectral_norm
+from normkit.weights.spectral_norm import SpectralNorm, power_iteration, power_iteration_square, spectral_norm
 from normkit.weights.weight_norm import rescale, weight_norm
 from normkit.weights.weight_standardization import PUBLISHED, WeightStandardization, standardize, weight_standardization
-
-# Weight normalization beside torch's, and what torch's lacks
-
 
 LAYERS = {
     "linear": (lambda: nn.Linear(5, 4), (3, 5)),
@@ -31,34 +30,38 @@ LAYERS = {
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 
-@pytest.mark.parametrize("train", [True, False])
+BESIDE: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]] = {
+    **{f"weight norm {dim}": (weight_norm, theirs.weight_norm, {"dim": dim}) for dim in (0, 1, -1, -2, None)},
+    **{
+        f"spectral norm {options}": (spectral_norm, theirs.spectral_norm, options)
+        for options in ({}, {"n_power_iterations": 3}, {"dim": 1}, {"dim": -1})
+    },
+}
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("dim", [0, 1, -1, -2, None])
+@pytest.mark.parametrize("method", BESIDE)
 @pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
-def test_equals_torch(make, shape, dim, dtype, train) -> None:
-    ours = make().to(dtype).train(train)
-    other = copy.deepcopy(ours)
-    weight_norm(ours, dim=dim)
-    theirs.weight_norm(other, dim=dim)
+def test_equals_torch(make, shape, method, dtype) -> None:
+    put, like, options = BESIDE[method]
+    ours = make().to(dtype)
+    other, exact = copy.deepcopy(ours), {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    for layer, on in ((ours, put), (other, like)):
+        torch.manual_seed(1)
+        on(layer, **options)
     assert list(ours.state_dict()) == list(other.state_dict())
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.copy_(torch.randn_like(parameter))
+    assert_close(ours.state_dict(), other.state_dict(), **exact)
+    random_(other)
     ours.load_state_dict(other.state_dict())
     other.load_state_dict(ours.state_dict())
     x = torch.randn(shape, dtype=dtype)
-    y, wanted = ours(x), other(x)
-    exact = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
-    assert_close(y, wanted, **exact)
-    g = torch.randn_like(y)
-    got = torch.autograd.grad((y * g).sum(), list(ours.parameters()))
-    assert_close(got, torch.autograd.grad((wanted * g).sum(), list(other.parameters())), **exact)
-
-
-def test_the_function_is_unchanged_at_first() -> None:
-    layer, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 5, 5)
-    before = layer(x)
-    assert_close(weight_norm(layer)(x), before)
+    for train in (True, True, False, True):
+        y, wanted = ours.train(train)(x), other.train(train)(x)
+        assert_close(y, wanted, **exact)
+        g = torch.randn_like(y)
+        pairs = ((y, ours), (wanted, other))
+        assert_close(*(torch.autograd.grad(of, list(on.parameters()), g) for of, on in pairs), **exact)
+        assert_close(ours.state_dict(), other.state_dict(), **exact)
 
 
 def test_older_checkpoints_load() -> None:
@@ -72,9 +75,6 @@ def test_one_axis() -> None:
     v = torch.tensor([3.0, -4.0])
     assert_close(rescale(torch.tensor(10.0), v, None), torch.tensor([6.0, -8.0]))
     assert_close(rescale(torch.tensor([2.0, 3.0]), v, 0), torch.tensor([2.0, -3.0]))
-
-
-# Weight standardization, by its definition and in its published forms
 
 
 def test_the_published_forms() -> None:
@@ -100,57 +100,23 @@ def test_the_published_forms() -> None:
     assert_close(wanted["timm"], timm)
 
 
-def test_a_constant_row_becomes_zero() -> None:
+def test_a_constant_row_becomes_zero_and_one_weight_in_the_first_axis_is_no_unit() -> None:
     assert_close(standardize(torch.full((1, 4), 7.0)), torch.zeros(1, 4))
-
-
-def test_one_weight_in_the_first_axis_is_no_unit() -> None:
     assert standardize(torch.randn(2, 6, 1), layout=WeightLayout(output_axis=1)).shape == (2, 6, 1)
 
 
-# Spectral normalization beside torch's, and against the singular value decomposition
-
-
-# The orders of summation differ by a few units in the last place.
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("options", [{}, {"n_power_iterations": 3}, {"dim": 1}, {"dim": -1}], ids=str)
-@pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
-def test_equals_torch_spectral_norm(make, shape, options, dtype) -> None:
-    ours = make().to(dtype)
-    other = copy.deepcopy(ours)
-    torch.manual_seed(1)
-    spectral_norm(ours, **options)
-    torch.manual_seed(1)
-    theirs.spectral_norm(other, **options)
-    exact = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
-    assert list(ours.state_dict()) == list(other.state_dict())
-    assert_close(ours.state_dict(), other.state_dict(), **exact)
-    other.load_state_dict(ours.state_dict())
-    ours.load_state_dict(other.state_dict())
-    x = torch.randn(shape, dtype=dtype)
-    for train in (True, True, False, True):
-        ours.train(train)
-        other.train(train)
-        y, wanted = ours(x), other(x)
-        assert_close(y, wanted, **exact)
-        g = torch.randn_like(y)
-        got = torch.autograd.grad((y * g).sum(), list(ours.parameters()))
-        assert_close(got, torch.autograd.grad((wanted * g).sum(), list(other.parameters())), **exact)
-        assert_close(ours.state_dict(), other.state_dict(), **exact)
-
-
-def test_two_uses_before_one_backward() -> None:
-    layer = spectral_norm(nn.Linear(5, 4))
+def test_spectral_norms_of_two_uses_of_a_vector_of_zeros_and_of_halves() -> None:
+    layer, part, zero = (
+        spectral_norm(nn.Linear(5, 4)),
+        SpectralNorm(torch.ones(2)),
+        torch.zeros(2, 2, requires_grad=True),
+    )
     (layer(torch.randn(3, 5)).sum() - layer(torch.randn(3, 5)).sum()).backward()
     assert layer.parametrizations.weight.original.grad is not None  # pyright: ignore
-
-
-def test_a_vector_is_divided_by_its_norm() -> None:
-    part = SpectralNorm(torch.ones(2))
-    assert_close(part(torch.tensor([3.0, 4.0])), torch.tensor([0.6, 0.8]))
+    assert_close(part(torch.tensor([3.0, 4.0])), torch.tensor([0.6, 0.8]))  # divided by its norm
     assert not list(part.buffers())
+    assert torch.autograd.grad(SpectralNorm(zero, exact=True)(zero).sum(), zero)[0].isfinite().all()
+    assert SpectralNorm(torch.ones(2, 2), exact=True)(torch.ones(2, 2).bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
@@ -165,15 +131,6 @@ def test_exact_holds_the_largest_singular_value_at_one_at_each_use(make, shape) 
         found = layer.weight.movedim(dim, 0).flatten(1)
         assert_close(torch.linalg.svdvals(found.detach())[0], torch.tensor(1.0).double())
     assert layer(torch.randn(shape).double()).isfinite().all()
-
-
-def test_exact_of_a_zero_and_of_a_half_weight() -> None:
-    zero = torch.zeros(2, 2, requires_grad=True)
-    assert torch.autograd.grad(SpectralNorm(zero, exact=True)(zero).sum(), zero)[0].isfinite().all()
-    assert SpectralNorm(torch.ones(2, 2), exact=True)(torch.ones(2, 2).bfloat16()).dtype == torch.bfloat16
-
-
-# Power iteration
 
 
 NOT_NORMAL = torch.tensor([[1.0, 5.0], [0.0, 0.5]], dtype=torch.float64)

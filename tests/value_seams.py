@@ -13,23 +13,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 from torch.testing import assert_close
 
+import subjects
 from laws import channels_first
 from seam import HALVES, cast, has_parameters, is_exact, is_input_of_networks, is_layer, near, same, seam, still
-from subjects import (
-    SUBJECTS,
-    Subject,
-    Values,
-    definition,
-    derivatives,
-    directions,
-    gradients,
-    leaves_of,
-    moved,
-    output,
-    pulled,
-)
-
-# After another call
+from subjects import Subject, Values, definition, derivatives, directions, gradients, output
 
 
 def large(subject: Subject) -> Tensor:
@@ -119,21 +106,18 @@ def _(subject: Subject) -> None:
     same(gradients(warm, inputs), gradients(cold, inputs))
 
 
-# Derivatives, against those of the polynomial through values of plain code
-
-
 @cache
 def known(name: str, directions: tuple[float, ...], order: int) -> Tensor:
     """Derivatives of plain code's values along a line, or along a sum of lines."""
-    (subject,) = (one for one in SUBJECTS if one.name == name)
-    value = moved(subject.fresh(), subject.inputs(), len(directions))
+    (subject,) = (one for one in subjects.SUBJECTS if one.name == name)
+    value = subjects.moved(subject.fresh(), subject.inputs(), len(directions))
     # Closer for fewer, as rectifiers have kinks.
     radius = 0.02 if order > 2 else 0.002
     return derivatives(lambda t: value(*(a * t for a in directions), run=subject.plain), order, radius)
 
 
 def orders(subject: Subject) -> tuple[Callable[..., Tensor], Tensor]:
-    return moved(subject.fresh(), subject.inputs()), known(subject.name, (1.0,), 4)
+    return subjects.moved(subject.fresh(), subject.inputs()), known(subject.name, (1.0,), 4)
 
 
 def near_derivatives(found: Tensor, wanted: Tensor) -> None:
@@ -173,7 +157,7 @@ def _(subject: Subject) -> None:
 
 def hessian(outer: Callable[..., Any], inner: Callable[..., Any]) -> Callable[[Subject], None]:
     def run(subject: Subject) -> None:
-        value = moved(subject.fresh(), subject.inputs(), 2)
+        value = subjects.moved(subject.fresh(), subject.inputs(), 2)
 
         first, last, both = (known(subject.name, line, 2)[2] for line in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)))
         mixed = (both - first - last) / 2
@@ -193,10 +177,10 @@ def _(subject: Subject) -> None:
     def penalty(backend: str) -> list[Tensor]:
         made = subject.fresh()
         made.backend = backend
-        (x,), leaves = leaves_of(made, subject.inputs())
+        (x,), leaves = subjects.leaves_of(made, subject.inputs())
         y = made(made(x))
         slopes = torch.autograd.grad((y.square() * directions(y.detach())).sum(), leaves, create_graph=True)
-        return pulled(torch.stack([slope.square().sum() for slope in slopes]), leaves)
+        return subjects.pulled(torch.stack([slope.square().sum() for slope in slopes]), leaves)
 
     near(penalty("auto"), penalty("reference"))
 
@@ -255,11 +239,8 @@ def _(subject: Subject) -> None:
         y = functional_call(copy.deepcopy(made), state, inputs)
         like = copy.deepcopy(made).to(dtype)
         wanted, parts = definition(like, inputs)
-        near((y, pulled(y, list(state.values()))), (wanted, parts[1:]), dtype)
+        near((y, subjects.pulled(y, list(state.values()))), (wanted, parts[1:]), dtype)
         assert y.dtype == torch.float32
-
-
-# Precision
 
 
 @seam("autocast", is_input_of_networks, "what is fitted in float32 has laws of its own")

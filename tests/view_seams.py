@@ -76,11 +76,15 @@ def _(subject: Subject) -> None:
     made = subject.fresh()
     parts = [torch.randn(rows, 4, dtype=torch.float64) for rows in (2, 5)]
     wanted = [definition(made, (part,)) for part in parts]
+    made(parts[0])  # warm
     for layout in (torch.strided, torch.jagged):
         leaves = [part.clone().requires_grad_() for part in parts]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch calls its nested tensors a prototype
-            found = made(torch.nested.as_nested_tensor(leaves, layout=layout)).unbind()
+            nested = torch.nested.as_nested_tensor(leaves, layout=layout)
+            found = made(nested).unbind()
+            assert made(torch.nested.nested_tensor([], dtype=torch.float64)).dtype == torch.float64
+        assert made.explain(nested).backend == "nested"
         near([one.detach() for one in found], [y for y, _ in wanted])
         flat = torch.cat([one.reshape(-1) for one in found])
         weights = torch.cat([directions(one).reshape(-1) for one in found])

@@ -1,6 +1,6 @@
 """Models and data as people get them wrong; `here` marks the line that a message must name."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -63,49 +63,12 @@ def fails_late() -> nn.Module:
     return Wrong(widens, training=True)
 
 
-def three_classes() -> nn.Module:
-    return Wrong(lambda y: y)
-
-
 def returns_tuple() -> nn.Module:
     return Wrong(lambda y: (y, y))
 
 
 def returns_nan() -> nn.Module:
     return Wrong(lambda y: y * float("nan"), training=True)
-
-
-def with_train(inputs: Any, targets: Any) -> dict[str, Any]:
-    return {**data(), "train": (inputs, targets)}
-
-
-def of(change: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[], dict[str, Any]]:
-    return lambda: with_train(*change(*data()["train"]))
-
-
-def infinite(x: Any, y: Any) -> tuple[Any, Any]:
-    x[5, 3] = np.inf
-    return x, y
-
-
-negative = of(lambda x, y: (x, y - 1))
-beyond = of(lambda x, y: (x, y + 4))
-infinity = of(infinite)
-shorter = of(lambda x, y: (x[:-1], y))
-text = of(lambda x, y: (x, np.array(["ant", "bee", "cow"])[y]))
-empty = of(lambda x, y: (x[:0], y[:0]))
-
-
-def one_class() -> dict[str, Any]:
-    return {part: (x, y * 0) for part, (x, y) in data().items()}
-
-
-def one_hot() -> dict[str, Any]:
-    return {part: (x, np.eye(3, dtype=np.int64)[y]) for part, (x, y) in data().items()}
-
-
-def no_test() -> dict[str, Any]:
-    return {"train": data()["train"], "tset": data()["test"]}
 
 
 def data_raises() -> dict[str, Any]:
@@ -125,14 +88,6 @@ class Rows(Dataset):
 
 def broken_rows() -> dict[str, Any]:
     return {"train": Rows(), "test": data()["test"]}
-
-
-def endless() -> dict[str, Any]:
-    def rows() -> Iterator[tuple[Tensor, int]]:
-        while True:
-            yield torch.ones(8), 0
-
-    return {"train": rows(), "test": data()["test"]}
 
 
 def collates_wrong() -> dict[str, Any]:

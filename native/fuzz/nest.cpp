@@ -52,7 +52,7 @@ NkPlan random_plan(Random &random) {
     if (along_mid) plan.per_mid = varies(plan.mid);
     bool in_column = plan.far > 1 && plan.mid * plan.inner == 1;
     if (random.chance(0.5) && !(in_column && size > 1)) plan.per_kept = varies(plan.kept);
-    if (plan.per_kept == 0 && plan.inner == 1 && random.chance(0.3)) plan.per_far = varies(plan.far);
+    if (random.chance(0.3)) plan.per_far = varies(plan.far);
     plan.outer_div = plan.outer_mod = 1;
     if (random.chance(0.4)) {
         plan.outer_div = 1 + random.below(std::min<int64_t>(plan.outer, 5));

@@ -9,38 +9,24 @@ import normkit.preprocessing as preprocessing
 import normkit.schedules as schedules
 import normkit.surgery as surgery
 import normkit.weights as weights
-from normkit.activations.adaptive_instance_norm import AdaptiveInstanceNorm
-from normkit.activations.adaptive_layer_norm import AdaLayerNorm, AdaLayerNormOutput, AdaLayerNormZeroBlock
+from normkit.activations.adaptive_layer_norm import AdaLayerNorm, AdaLayerNormOutput, AdaLayerNormZeroBlock, FiLM
 from normkit.activations.batch_channel_norm import BatchChannelNorm, EstBatchNorm
 from normkit.activations.batch_group_norm import BatchGroupNorm
-from normkit.activations.batch_norm import BatchNorm
+from normkit.activations.batch_norm import BatchNorm, MeanOnlyBatchNorm
 from normkit.activations.batch_renorm import BatchRenorm
 from normkit.activations.conditional_norm import ConditionalNorm, SpatiallyAdaptiveNorm
-from normkit.activations.conditioned_tokens import ConditionedTokens
 from normkit.activations.divisive_norm import DivisiveNorm, HeegerNorm, LyuSimoncelliNorm
-from normkit.activations.dynamic_tanh import DynamicTanh
-from normkit.activations.exemplar_norm import ExemplarNorm
-from normkit.activations.film import FiLM
-from normkit.activations.filter_response_norm import FilterResponseNorm
-from normkit.activations.fix_norm import FixNorm
-from normkit.activations.gated_rms_norm import GatedRMSNorm
+from normkit.activations.dynamic_tanh import DynamicTanh, NormalizerFreeBlock
+from normkit.activations.gated_rms_norm import GatedRMSNorm, SeeDNorm
 from normkit.activations.gdn import GDN
 from normkit.activations.ghost_batch_norm import GhostBatchNorm
-from normkit.activations.global_response_norm import GlobalResponseNorm
-from normkit.activations.group_norm import GroupNorm
-from normkit.activations.holo_norm import HoloNorm
+from normkit.activations.global_response_norm import FilterResponseNorm, GlobalResponseNorm
+from normkit.activations.group_norm import GroupNorm, LocalContextNorm
 from normkit.activations.hypersphere import HypersphereResidual, LearnedScale
-from normkit.activations.instance_norm import InstanceNorm
-from normkit.activations.layer_norm import LayerNorm
-from normkit.activations.local_context_norm import LocalContextNorm
-from normkit.activations.local_contrast_norm import LocalContrastNorm
-from normkit.activations.local_response_norm import LocalResponseNorm
-from normkit.activations.mean_only_batch_norm import MeanOnlyBatchNorm
-from normkit.activations.normalizer_free import NormalizerFreeBlock
-from normkit.activations.partial_rms_norm import PartialRMSNorm
-from normkit.activations.positional_norm import PositionalNorm
-from normkit.activations.preconditioned_attention import PreconditionedAttention
-from normkit.activations.query_key_norm import QueryKeyNorm
+from normkit.activations.instance_norm import AdaptiveInstanceNorm, InstanceNorm
+from normkit.activations.layer_norm import LayerNorm, PositionalNorm
+from normkit.activations.local_response_norm import LocalContrastNorm, LocalResponseNorm
+from normkit.activations.query_key_norm import ConditionedTokens, PreconditionedAttention, QueryKeyNorm
 from normkit.activations.recurrent_batch_norm import BatchNormLSTM, BatchNormRNN, RecurrentBatchNorm
 from normkit.activations.recurrent_layer_norm import (
     LayerNormGRUCell,
@@ -48,10 +34,9 @@ from normkit.activations.recurrent_layer_norm import (
     LayerNormRecurrent,
     LayerNormRNNCell,
 )
-from normkit.activations.rms_norm import RMSNorm
-from normkit.activations.scale_norm import ScaleNorm
-from normkit.activations.seed_norm import SeeDNorm
-from normkit.activations.switchable_norm import SwitchableNorm
+from normkit.activations.rms_norm import PartialRMSNorm, RMSNorm
+from normkit.activations.scale_norm import FixNorm, HoloNorm, ScaleNorm
+from normkit.activations.switchable_norm import ExemplarNorm, SwitchableNorm
 from normkit.activations.sync_batch_norm import SyncBatchNorm
 from normkit.catalogue.methods import METHODS
 from normkit.core.compensation import Affine

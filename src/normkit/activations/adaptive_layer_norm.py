@@ -1,4 +1,4 @@
-"""Adaptive layer normalization: a scale and a shift computed from a condition, as in diffusion transformers."""
+"""A scale and a shift computed from a condition: after layer normalization, as in diffusion transformers, or alone (FiLM)."""
 
 from typing import Any, ClassVar
 
@@ -6,15 +6,113 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.compensation import Affine, align, modulation, per_sample
 from normkit.core.errors import ShapeError
 from normkit.core.module import Module
+from normkit.core.moments import accumulation_dtype
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
 from normkit.engine.dispatch import Backend, Explanation, explain, run
-from normkit.engine.layer import Layer
+from normkit.engine.layer import Layer, check_channels, check_layout
+
+_SUPPORTS = {layout: Support(layout, over="*") for layout in ("n c *", "n * c")}
+
+
+class FiLM(Module):
+    """Scale and shift each channel by a linear function of a condition.
+
+    y = (1 + scale) * x + shift, with (scale, shift) = Linear(condition), one of each per sample and channel. It computes no
+    statistic: it is the affine part of a normalization, computed from another input, and usually follows a batch normalization
+    without its own (``affine=False``).
+
+    Args:
+        channels: channels C.
+        condition: size of the condition.
+        zero: initialize the linear layer to zero, so that y = x; else as ``torch.nn.Linear`` does. Default: False.
+        layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
+
+    Shape: input (N, C, *), or (N, *, C) with channels last, and condition (N, condition); the output has the shape and
+    dtype of the input.
+
+    Raises:
+        ShapeError: the input has another number of channels, or the condition another size.
+        OptionError: an unknown layout, or the input is not floating.
+
+    Reference: Perez, Strub, de Vries, Dumoulin, Courville, "FiLM" (2018), https://arxiv.org/abs/1709.07871.
+
+    >>> FiLM(2, condition=3, zero=True)(torch.tensor([[1.0, 3.0]]), torch.ones(1, 3)).detach()
+    tensor([[1., 3.]])
+    """
+
+    shown = "{0.channels}, condition={0.condition}"
+    unusual: ClassVar = {"layout": "n c *"}
+
+    def __init__(
+        self,
+        channels: int,
+        condition: int,
+        *,
+        zero: bool = False,
+        layout: str = "n c *",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        check_layout("FiLM", layout)
+        self.channels, self.condition, self.zero, self.layout = channels, condition, zero, layout
+        self.linear = nn.Linear(condition, 2 * channels, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.linear.reset_parameters()
+        if self.zero:
+            nn.init.zeros_(self.linear.weight)
+            nn.init.zeros_(self.linear.bias)
+
+    def forward(self, input: Tensor, condition: Tensor) -> Tensor:
+        """Modulate by the condition (N, condition), or one for all samples: (condition,) or (1, condition)."""
+        check_channels("FiLM", input, self.channels, "channels", self.layout)
+        given, condition = condition, per_sample(condition)
+        if condition.shape[1:] != (self.condition,) or condition.shape[0] not in (1, input.shape[0]):
+            raise ShapeError(
+                f"FiLM: got a condition of {show(given.shape)} for an input of {show(input.shape)}; "
+                f"wanted {show((input.shape[0], self.condition))}"
+            )
+        scale, shift = self.linear(condition.to(self.linear.weight.dtype)).chunk(2, -1)
+        return film(input, scale, shift, layout=self.layout)
+
+
+def film(input: Tensor, scale: Tensor, shift: Tensor, *, layout: str = "n c *") -> Tensor:
+    """Feature-wise linear modulation as a function of a scale and a shift; see FiLM.
+
+    Each is (N, C) or (C,), or has as many axes as the input and broadcasts over it, as (N, C, 1, 1).
+
+    >>> film(torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+    tensor([[2., 4.]])
+    """
+    check_layout("film", layout)
+    wide = torch.promote_types(accumulation_dtype(input.dtype), scale.dtype)
+    split = _SUPPORTS[layout].split(input.shape)
+    per, (scale, shift) = modulation(layout, input.shape, scale, shift)
+    return Affine(per, offset=1.0).apply(input.to(wide), split, scale, shift).to(input.dtype)
+
+
+CARD_FILM = Card(
+    title="Feature-wise linear modulation (FiLM)",
+    wordless="it takes a condition as well as its input",
+    normalized_over="nothing; each sample's channels are scaled and shifted by a function of a condition",
+    formula="y = (1 + scale(condition)) * x + shift(condition)",
+    paper=paper("perez2018film"),
+    use_cases="convolutional networks steered by a question, class or style; after a norm without weight and bias",
+    strengths="two numbers per channel steer a whole network; works after any norm",
+    weaknesses="normalizes nothing itself; the same for all positions",
+    module=FiLM,
+    functional=film,
+    make=lambda channels: FiLM(channels, channels),
+    extra=lambda x: (x.double().flatten(2).mean(2).to(x.dtype),),
+)
 
 
 @remembered
@@ -34,8 +132,7 @@ def modulate(input: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     Raises:
         ShapeError: shift or scale does not broadcast.
 
-    Reference:
-        Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023), https://arxiv.org/abs/2212.09748.
+    Reference: Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023), https://arxiv.org/abs/2212.09748.
 
     >>> modulate(torch.ones(1, 3, 2), torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]))
     tensor([[[2., 2.],
@@ -61,15 +158,13 @@ class AdaLayerNorm(Layer):
         zero: initialize the linear layer to zero, so that y is plain layer normalization; else as ``torch.nn.Linear`` does.
             Default: True.
 
-    Shape:
-        input (N, *, D) and condition (N, condition) or (N, *, condition), any axis but the last may be 1; the output has
-        the shape and dtype of the input.
+    Shape: input (N, *, D) and condition (N, condition) or (N, *, condition), any axis but the last may be 1; the output
+    has the shape and dtype of the input.
 
     Raises:
         ShapeError: the size of the input or of the condition does not fit.
 
-    Reference:
-        Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023), https://arxiv.org/abs/2212.09748.
+    Reference: Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023), https://arxiv.org/abs/2212.09748.
 
     >>> norm = AdaLayerNorm(2, condition=3)
     >>> norm(torch.tensor([[[1.0, 3.0]]]), torch.ones(1, 3)).detach()
@@ -127,22 +222,13 @@ class AdaLayerNormZeroBlock(Module):
     x <- x + gate_a * attn(modulate(LN(x), shift_a, scale_a)); x <- x + gate_m * mlp(modulate(LN(x), shift_m, scale_m)).
     At the start the block is the identity. With timm's ``Attention`` and ``Mlp`` as branches its keys are those of DiT's block.
 
+    ``features``, ``condition`` and ``eps``, shapes and errors are those of AdaLayerNorm.
+
     Args:
-        features: D.
-        condition: size of the condition.
         attn: the first branch, which keeps the shape (N, L, D).
         mlp: the second branch, likewise.
-        eps: eps of both layer normalizations. Default: 1e-6.
 
-    Shape:
-        input (N, *, D) and condition (N, condition) or (N, *, condition), any axis but the last may be 1; the output has
-        the shape and dtype of the input.
-
-    Raises:
-        ShapeError: the size of the input or of the condition does not fit.
-
-    Reference:
-        Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023), https://arxiv.org/abs/2212.09748.
+    Reference: Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023), https://arxiv.org/abs/2212.09748.
 
     >>> block = AdaLayerNormZeroBlock(2, 3, attn=nn.Linear(2, 2), mlp=nn.Linear(2, 2))
     >>> block(torch.tensor([[[1.0, 3.0]]]), torch.ones(1, 3)).detach()
@@ -183,21 +269,9 @@ class AdaLayerNormOutput(Module):
 
     y = W modulate(LN(x), shift, scale) + b, with (shift, scale) = Linear(SiLU(condition)); at the start y = 0.
 
-    Args:
-        features: D.
-        condition: size of the condition.
-        outputs: number of output features.
-        eps: added to the variance. Default: 1e-6.
+    ``features``, ``condition`` and ``eps``, inputs and errors are those of AdaLayerNorm; the output is (N, *, outputs).
 
-    Shape:
-        input (N, *, D) and condition (N, condition) or (N, *, condition), any axis but the last may be 1; output
-        (N, *, outputs).
-
-    Raises:
-        ShapeError: the size of the input or of the condition does not fit.
-
-    Reference:
-        Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023), https://arxiv.org/abs/2212.09748.
+    Reference: Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023), https://arxiv.org/abs/2212.09748.
 
     >>> AdaLayerNormOutput(2, 3, 4)(torch.tensor([[[1.0, 3.0]]]), torch.ones(1, 3)).detach()
     tensor([[[0., 0., 0., 0.]]])
@@ -275,19 +349,12 @@ def _example_condition(x: Tensor) -> tuple[Tensor]:
     return (F.layer_norm(wide, wide.shape[-1:], eps=1e-12).flatten(1, -2).mean(1).to(x.dtype),)
 
 
-_DIT = Paper(
-    "Peebles, William and Xie, Saining",
-    "Scalable Diffusion Models with Transformers",
-    2023,
-    "https://arxiv.org/abs/2212.09748",
-)
-
 CARD = Card(
     title="Adaptive layer normalization (adaLN)",
     wordless="it takes a condition as well as its input",
     normalized_over="each sample or token, over its features; scaled and shifted by a function of a condition",
     formula="y = (1 + scale(condition)) * (x - E[x]) / sqrt(Var[x] + eps) + shift(condition)",
-    paper=_DIT,
+    paper=paper("peebles2023scalable"),
     use_cases="diffusion transformers, and other networks steered by a time step, class or text",
     strengths="conditions every layer at little cost, without more tokens; starts as plain layer normalization",
     weaknesses="the linear maps hold a third of a diffusion transformer's parameters; one condition for all tokens",
@@ -306,7 +373,7 @@ CARD_ZERO = Card(
     wordless="it takes a condition as well as its input, and the branches of a block",
     normalized_over="each token, over its features, before each branch of a residual block; the branch is gated",
     formula="x + gate(condition) * branch((1 + scale(condition)) * LN(x) + shift(condition))",
-    paper=_DIT,
+    paper=paper("peebles2023scalable"),
     use_cases="blocks of diffusion transformers",
     strengths="each block starts as the identity, which trains deep diffusion transformers best of the designs compared",
     weaknesses="three vectors per branch from the condition: a third of the model's parameters",

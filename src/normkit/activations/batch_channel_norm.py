@@ -6,17 +6,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.memory import Recall, Running, RunningMoments, RunningStatistics
-from normkit.core.module import Module
+from normkit.core.module import Module, TorchBatchNorm
 from normkit.core.moments import accumulation_dtype, moments
 from normkit.core.place import groups
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, check_groups, check_shape, place
-from normkit.core.torch_batch_norm import TorchBatchNorm
 from normkit.engine.dispatch import run
 from normkit.engine.layer import check_channels, check_several
 
@@ -33,23 +32,10 @@ class EstBatchNorm(Module, TorchBatchNorm):
 
     Under activation checkpointing the recomputation normalizes by the statistics of the first pass, of the last 32.
 
-    Args:
-        num_features: channels C.
-        eps: added to the variance. Default: 1e-5.
-        momentum: weight of the batch in the running statistics; None averages all batches so far with equal weight.
-            Default: 0.1.
-        affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
+    Arguments, shapes and errors are those of BatchNorm, as far as it has them, with a momentum from 0 to 1; None averages all
+    batches so far with equal weight.
 
-    Shape:
-        (N, C, *); the output has the same shape. N may be 0.
-
-    Raises:
-        ShapeError: a number of channels other than ``num_features``.
-        OptionError: a momentum outside 0 to 1.
-
-    Reference:
-        Qiao, Wang, Liu, Shen, Yuille, "Rethinking Normalization and Elimination Singularity in Neural Networks" (2019),
-        https://arxiv.org/abs/1911.09738, section 4.2.
+    Reference: Qiao, Wang, Liu, Shen, Yuille (2019), https://arxiv.org/abs/1911.09738, section 4.2.
 
     >>> norm = EstBatchNorm(1, momentum=0.5)
     >>> norm(torch.tensor([[2.0]])).detach()  # mean 1, var (1 + 4) / 2
@@ -91,24 +77,13 @@ class BatchChannelNorm(Module, TorchBatchNorm):
     y = group_weight * (z - E_g[z]) / sqrt(Var_g[z] + eps) + group_bias per sample and group g: this affine is per group. The
     first step keeps channels from dying, which normalizing over channels alone does not; the second compensates noisy batches.
 
+    Other arguments, shapes and errors are those of BatchNorm, with ``eps`` and ``affine`` for both steps.
+
     Args:
-        num_features: channels C.
-        num_groups: groups G; divides C. Default: 32.
-        eps: added to both variances. Default: 1e-5.
-        momentum: weight of the new value in the running averages; None for the cumulative average. Default: 0.1.
-        affine: whether both steps have a weight (starts at 1) and a bias (at 0). Default: True.
+        num_groups: groups G; OptionError unless it divides ``num_features``. Default: 32.
         estimate: for micro-batches, use running statistics in the first step, as EstBatchNorm does. Default: False.
 
-    Shape:
-        (N, C, *); the output has the same shape. N may be 0.
-
-    Raises:
-        OptionError: the channels do not split into the groups, or a momentum outside 0 to 1.
-        ShapeError: a number of channels other than ``num_features``, or one value per channel in training.
-
-    Reference:
-        Qiao, Wang, Liu, Shen, Yuille, "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization"
-        (2019), https://arxiv.org/abs/1903.10520, section 3.
+    Reference: Qiao, Wang, Liu, Shen, Yuille (2019), https://arxiv.org/abs/1903.10520, section 3.
 
     >>> BatchChannelNorm(2, num_groups=1)(torch.tensor([[1.0, 4.0], [3.0, 0.0]])).detach()
     tensor([[-1.0000,  1.0000],
@@ -296,12 +271,7 @@ CARD = Card(
     word="bcn",
     normalized_over="each channel over the batch and all positions, then each sample's groups of channels",
     formula="y = group_weight * GroupNorm(weight * (x - E[x]) / sqrt(Var[x] + eps) + bias) + group_bias",
-    paper=Paper(
-        "Qiao, Siyuan and Wang, Huiyu and Liu, Chenxi and Shen, Wei and Yuille, Alan",
-        "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization",
-        2019,
-        "https://arxiv.org/abs/1903.10520",
-    ),
+    paper=paper("qiao2019microbatch"),
     use_cases="detection and segmentation with few samples per batch, along with weight standardization",
     strengths="keeps channels from dying as batch normalization does, and stabilizes small batches as group normalization does",
     weaknesses="two normalizations per layer, of which the second can't be folded",
@@ -320,12 +290,7 @@ CARD_ESTIMATED = Card(
     word="ebn",
     normalized_over="each channel, by running statistics that the batch first moves a little",
     formula="y = weight * (x - mean) / sqrt(var + eps) + bias, mean and var running",
-    paper=Paper(
-        "Qiao, Siyuan and Wang, Huiyu and Liu, Chenxi and Shen, Wei and Yuille, Alan",
-        "Rethinking Normalization and Elimination Singularity in Neural Networks",
-        2019,
-        "https://arxiv.org/abs/1911.09738",
-    ),
+    paper=paper("qiao2019rethinking"),
     use_cases="micro-batches of one or two images, as the first step of batch-channel normalization",
     strengths="works with a single sample per batch; training computes what inference does",
     weaknesses="gradients ignore the statistics; the momentum has to fall with the learning rate",

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.memory import RunningMoments
@@ -56,32 +56,25 @@ class BatchGroupNorm(Layer):
 
         mean = alpha E[x] + (1 - alpha) m1,    var = alpha E[x^2] + (1 - alpha) m2 - mean^2,
 
-    then averaged over the channels of a group: predictions depend on no other example. alpha=0 uses only the running moments,
-    alpha=1 only the example's. The moments are stored as mean and population variance, so that a large mean costs no accuracy,
-    under the names that batch normalization uses. ``normkit.surgery.example_weighing`` replaces a trained model's batch
-    normalizations by this layer and tunes alpha on validation data; training does not depend on alpha.
+    then averaged over the channels of a group: predictions depend on no other example. The moments are stored as mean and
+    population variance, so that a large mean costs no accuracy, under the names that batch normalization uses.
+    ``normkit.surgery.weigh_examples`` replaces a trained model's batch normalizations by this layer, ``choose_alpha`` tunes
+    alpha.
+
+    ``eps``, ``affine``, ``bias`` and ``layout`` and the shapes are those of BatchNorm.
 
     Args:
         num_channels: channels C.
         num_groups: groups of channels; divides C. Default: None, each channel separately.
         examples_per_group: examples per group; the last group may be smaller. Default: None, the whole batch.
-        eps: added to the variance. Default: 1e-5.
         momentum: weight of the new value in the running moments. Default: 0.01.
-        affine: whether there are a weight (starts at 1) and a bias (at 0), per channel. Default: True.
         alpha: the example's weight in evaluation, 0 to 1. Default: 1 for one example per group, as in group norm, else 0.
-        bias: False omits the bias. Default: True.
-        layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
-
-    Shape:
-        (N, C, *) or, with channels last, (N, *, C); the output has the same shape. N may be 0.
 
     Raises:
         OptionError: the channels do not split into the groups; an argument outside its range.
         ShapeError: a number of channels other than ``num_channels``, or one value per statistic of several examples in training.
 
-    Reference:
-        Summers and Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization" (2020),
-        https://arxiv.org/abs/1906.03548, sections 3.1 and 3.4.
+    Reference: Summers and Dinneen (2020), https://arxiv.org/abs/1906.03548, sections 3.1 and 3.4.
 
     >>> norm = BatchGroupNorm(2, num_groups=1, examples_per_group=2)
     >>> norm(torch.tensor([[1.0, 3.0], [1.0, 3.0], [10.0, 30.0], [10.0, 30.0]])).detach()
@@ -118,9 +111,7 @@ class BatchGroupNorm(Layer):
         self.eps, self.momentum, self.affine, self.layout = eps, momentum, affine, layout
         self.alpha = float(examples_per_group == 1) if alpha is None else alpha
         if not 0 <= self.alpha <= 1:
-            raise OptionError(
-                f"BatchGroupNorm: alpha={alpha}; wanted 0, the running moments alone, to 1, the example alone"
-            )
+            raise OptionError(f"BatchGroupNorm: alpha={alpha}; wanted 0, the running moments, to 1, the example alone")
         self.register_affine((num_channels,), affine, affine and bias, device=device, dtype=dtype)
         self.register_running((num_channels,), "running_mean", "running_var", device=device, dtype=dtype)
         self.complete()
@@ -141,21 +132,14 @@ class BatchGroupNorm(Layer):
         _, running = self.rule, self.running()
         assert running is not None
         if not self.training:
-            return example_weighing(
-                input,
-                running.mean,
-                running.var,
-                self.weight,
-                self.bias,
-                self.alpha,
-                self.eps,
-                num_groups=self.num_groups,
-                layout=self.layout,
-                mask=mask,
-            )
+            how = {"num_groups": self.num_groups, "layout": self.layout, "mask": mask}
+            return example_weighing(input, *running[:2], self.weight, self.bias, self.alpha, self.eps, **how)
         y, found = _train(self._rules, self.examples_per_group, input, self.weight, self.bias, mask, self.backend)
         if found is not None and self.num_groups is None:
-            found = _pooled(Moments(*(self._rows(value, found.mean) for value in found)))
+            means, variances, n = (self._rows(value, found.mean) for value in found)
+            share = n / n.sum(0)  # of each row in the moments of all together
+            mean = (share * means).sum(0)
+            found = Moments(mean, (share * (variances + (means - mean).square())).sum(0), n.sum(0))
         else:
             found = measure(batch_group_norm_rule(layout=self.layout), input, mask=mask, backend=self.backend)
             if isinstance(found.n, Tensor):  # a channel without elements changes nothing
@@ -222,20 +206,10 @@ def example_weighing(
 
     mean = alpha E[x] + (1 - alpha) m1,  var = alpha E[x^2] + (1 - alpha) m2 - mean^2
 
-    Args:
-        input: the input.
-        running_mean: m1.
-        running_var: m2 - m1^2, the population variance.
-        weight: per channel, or None.
-        bias: per channel, or None.
-        alpha: the example's weight, 0 to 1. Default: 0.
-        eps: added to the variance. Default: 1e-5.
-        num_groups: groups over whose channels moments are averaged. Default: None, each channel separately.
-        layout: ``"n c *"`` or ``"n * c"``. Default: ``"n c *"``.
-        mask: boolean, broadcasts over the input; elements where it is False enter no statistic and become zero.
+    ``running_mean`` is m1, and ``running_var`` m2 - m1^2, the population variance; other arguments are those of BatchGroupNorm.
+    Elements where ``mask`` is False enter no statistic and become zero.
 
-    Reference:
-        Summers and Dinneen (2020), https://arxiv.org/abs/1906.03548, equation 3.
+    Reference: Summers and Dinneen (2020), https://arxiv.org/abs/1906.03548, equation 3.
 
     >>> x = torch.tensor([[[1.0, 3.0]]])
     >>> [example_weighing(x, torch.tensor([0.0]), torch.tensor([4.0]), alpha=a, eps=0.0)[0, 0, 1].item() for a in (0, 1)]
@@ -286,14 +260,6 @@ def _train(
     return run_in_sub_batches(*rules, examples, x, weight, bias, mask=mask, backend=backend)
 
 
-def _pooled(rows: Moments) -> Moments:
-    """The moments of all rows together."""
-    assert isinstance(rows.n, Tensor)
-    share = rows.n / rows.n.sum(0)
-    mean = (share * rows.mean).sum(0)
-    return Moments(mean, (share * (rows.var + (rows.mean - mean).square())).sum(0), rows.n.sum(0))
-
-
 def _check(channels: int, groups: int | None, examples: int | None) -> None:
     if groups is not None:
         check_groups("BatchGroupNorm", channels, groups)
@@ -308,18 +274,11 @@ def _build(at: Place) -> BatchGroupNorm:
     return BatchGroupNorm(at.channels, groups, examples, at.eps, momentum, at.affine, alpha, **how)
 
 
-_PAPER = Paper(
-    "Summers, Cecilia and Dinneen, Michael J.",
-    "Four Things Everyone Should Know to Improve Batch Normalization",
-    2020,
-    "https://arxiv.org/abs/1906.03548",
-)
-
 CARD = Card(
     title="Batch/group normalization",
     word="bgn",
     normalized_over="each group of examples and group of channels, over both and all positions",
-    paper=_PAPER,
+    paper=paper("summers2020four"),
     use_cases="few samples per batch, where group normalization is stable but batch normalization would be better",
     strengths="includes batch, ghost, group, layer and instance normalization as special cases, and all between them",
     weaknesses="two sizes to choose; training and inference compute different functions",
@@ -342,7 +301,7 @@ CARD_WEIGHING = Card(
     word="weigh",
     normalized_over="each channel: in training over the batch, at inference by running moments mixed with the example's own",
     formula="mean = alpha * E[x] + (1 - alpha) * m1, var = alpha * E[x^2] + (1 - alpha) * m2 - mean^2",
-    paper=_PAPER,
+    paper=paper("summers2020four"),
     use_cases="trained networks with batch normalization whose inference differs too much from training",
     strengths="needs no training: one number, tuned on validation data; predictions depend on no other example",
     weaknesses="can't be folded; where there are no positions, the example's own variance is zero",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.memory import Recall, Running, RunningStatistics
@@ -41,8 +41,7 @@ class RenormSchedule:
     Raises:
         OptionError: r_max below 1, d_max below 0, or an end before the start.
 
-    Reference:
-        Ioffe, "Batch Renormalization" (2017), https://arxiv.org/abs/1702.03275, section 4.
+    Reference: Ioffe, "Batch Renormalization" (2017), https://arxiv.org/abs/1702.03275, section 4.
 
     >>> RenormSchedule()(15000)
     (1.5714285714285714, 2.5)
@@ -101,25 +100,13 @@ class BatchRenorm(Layer):
 
     Under activation checkpointing the recomputation corrects towards the statistics that the first pass found, of the last 32.
 
+    Other arguments, shapes and errors are those of BatchNorm; the paper's ``eps`` is 1e-3.
+
     Args:
-        num_features: channels C.
-        eps: added to the variance. Default: 1e-5; the paper uses 1e-3.
-        momentum: weight of the new value in the running averages. Default: 0.01.
-        affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
+        momentum: weight of the new value in the running averages, from 0 to 1. Default: 0.01.
         schedule: the bounds by the number of training steps. Default: the paper's, RenormSchedule().
-        bias: False omits the bias. Default: True.
-        layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
 
-    Shape:
-        (N, C, *) or, with channels last, (N, *, C); the output has the same shape. N may be 0.
-
-    Raises:
-        ShapeError: a number of channels other than ``num_features``, or one value per channel in training.
-        OptionError: an unknown layout, or a momentum outside 0 to 1.
-
-    Reference:
-        Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models" (2017),
-        https://arxiv.org/abs/1702.03275.
+    Reference: Ioffe, "Batch Renormalization" (2017), https://arxiv.org/abs/1702.03275.
 
     >>> norm = BatchRenorm(1, schedule=RenormSchedule.constant(r_max=2, d_max=5))
     >>> norm(torch.tensor([[1.0], [5.0]])).detach().T  # the deviation is 2, the running one 1: r = 2, d = 3
@@ -180,10 +167,8 @@ class BatchRenorm(Layer):
         if self.training:
             return replace(explain(self.rule, wide, measured=True, backend=self.backend), formula=CARD.formula)
         found = explain(self.rule, wide)
-        why = "evaluation is by running statistics alone, by plain operators"
-        return replace(
-            found, backend="reference", why=why, formula="y = weight * (x - running_mean) / running_std + bias"
-        )
+        told = {"why": "evaluation is by running statistics alone, by plain operators", "backend": "reference"}
+        return replace(found, formula="y = weight * (x - running_mean) / running_std + bias", **told)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         var = state_dict.get(f"{prefix}running_var")
@@ -222,10 +207,8 @@ def batch_renorm(
     rule = _rule(eps, layout)
     if training:
         check_several("batch_renorm", input, rule.support)
-    statistics = RunningStatistics(running_mean, running_std, batches)
-    return _renormalize(
-        rule, Running(momentum), input, statistics, weight, bias, bounds if training else None, mask, backend
-    )
+    running, limits = RunningStatistics(running_mean, running_std, batches), bounds if training else None
+    return _renormalize(rule, Running(momentum), input, running, weight, bias, limits, mask, backend)
 
 
 @remembered
@@ -287,12 +270,7 @@ CARD = Card(
     word="renorm",
     normalized_over="each channel, over the batch and all positions, then moved towards running statistics",
     formula="y = weight * ((x - E[x]) / sqrt(Var[x] + eps) * r + d) + bias, r and d clipped",
-    paper=Paper(
-        "Ioffe, Sergey",
-        "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models",
-        2017,
-        "https://arxiv.org/abs/1702.03275",
-    ),
+    paper=paper("ioffe2017batch"),
     use_cases="networks with batch normalization where batches are small or not drawn independently",
     strengths="training computes what inference does, once the bounds are wide",
     weaknesses="a schedule of bounds to choose; batches of a few samples still estimate poorly",

@@ -6,12 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.compensation import Affine, modulation, per_sample
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import OptionError, ShapeError, check_options
 from normkit.core.memory import Running, RunningStatistics
-from normkit.core.moments import accumulation_dtype
-from normkit.core.precision import full_precision
+from normkit.core.moments import accumulation_dtype, full_precision
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, check_shape, show
@@ -24,8 +23,7 @@ _SUPPORTS = {over: Support("n c *", over=over) for over in ("*", "n *")}
 @remembered
 def conditional_norm_rule(over: str = "*", eps: float = 1e-5, momentum: float | None = 0.1, per: str = "n c") -> Rule:
     """Conditional normalization as data: over ``"*"`` instance, over ``"n *"`` batch normalization, with an affine per sample."""
-    if over not in _SUPPORTS:
-        raise OptionError(f"conditional norm: over={over!r}; wanted '*' for instance or 'n *' for batch normalization")
+    check_options("conditional norm", over=(over, tuple(_SUPPORTS)))
     memory = Running(momentum) if over == "n *" else None
     return Rule(_SUPPORTS[over], Statistic("mean", "std", eps), Affine(per), memory)
 
@@ -55,9 +53,8 @@ class _Normalizer(Layer):
         return run(self.rule, input, weight, bias, running=running, training=own, mask=mask, backend=self.backend)
 
     def extra_repr(self) -> str:
-        return f"{self.num_features}, over={self.over!r}, eps={self.eps}" + (
-            f", momentum={self.momentum}" if self.over == "n *" else ""
-        )
+        text = f"{self.num_features}, over={self.over!r}, eps={self.eps}"
+        return text + (f", momentum={self.momentum}" if self.over == "n *" else "")
 
 
 class ConditionalNorm(_Normalizer):
@@ -75,17 +72,15 @@ class ConditionalNorm(_Normalizer):
         eps: added to the variance. Default: 1e-5.
         momentum: weight of the new value in batch normalization's running averages; None for cumulative. Default: 0.1.
 
-    Shape:
-        input (N, C, *); condition (N,) of integers, (N, classes) or (N, features); the output has the input's shape.
+    Shape: input (N, C, *); condition (N,) of integers, (N, classes) or (N, features); the output has the input's shape.
 
     Raises:
         ShapeError: another number of channels, a condition of another shape, or one value per statistic.
         OptionError: not exactly one of ``classes`` and ``features``; an unknown ``over``.
 
-    Reference:
-        Dumoulin, Shlens, Kudlur, "A Learned Representation for Artistic Style" (2017), https://arxiv.org/abs/1610.07629;
-        de Vries, Strub, Mary, Larochelle, Pietquin, Courville, "Modulating Early Visual Processing by Language" (2017),
-        https://arxiv.org/abs/1707.00683.
+    Reference: Dumoulin, Shlens, Kudlur, "A Learned Representation for Artistic Style" (2017),
+    https://arxiv.org/abs/1610.07629; de Vries, Strub, Mary, Larochelle, Pietquin, Courville, "Modulating Early Visual
+    Processing by Language" (2017), https://arxiv.org/abs/1707.00683.
 
     >>> norm = ConditionalNorm(1, classes=2)
     >>> _ = norm.weight.data[1].fill_(5.0)
@@ -157,25 +152,20 @@ class SpatiallyAdaptiveNorm(_Normalizer):
     rectifier. The map, such as one-hot semantic labels, is resized to the input by nearest neighbour; as it modulates after
     the norm, the norm does not wash it out. A sequence is an image of width one.
 
+    ``num_features``, ``over``, ``eps`` and ``momentum`` are as for ConditionalNorm; ``over`` is ``"n *"`` if not said.
+
     Args:
-        num_features: channels C.
         map_channels: channels of the map, such as the number of labels.
         hidden: channels of the shared convolution. Default: 128.
         kernel_size: kernel size of the convolutions, odd. Default: 3.
-        over: ``"n *"`` for batch, ``"*"`` for instance normalization. Default: ``"n *"``.
-        eps: added to the variance. Default: 1e-5.
-        momentum: weight of the new value in batch normalization's running averages; None for cumulative. Default: 0.1.
 
-    Shape:
-        input (N, C, L) or (N, C, H, W), map (N, M, *) of as many axes and any size; the output has the input's shape.
+    Shape: input (N, C, L) or (N, C, H, W), map (N, M, *) of as many axes and any size; the output has the input's shape.
 
     Raises:
         ShapeError: another number of channels, a map that does not fit, or one value per statistic.
         OptionError: an unknown ``over``, or an even kernel size.
 
-    Reference:
-        Park, Liu, Wang, Zhu, "Semantic Image Synthesis with Spatially-Adaptive Normalization" (2019),
-        https://arxiv.org/abs/1903.07291.
+    Reference: Park, Liu, Wang, Zhu (2019), https://arxiv.org/abs/1903.07291.
 
     >>> norm = SpatiallyAdaptiveNorm(1, 2, hidden=4, over="*")
     >>> norm(torch.rand(3, 1, 8, 8), torch.rand(3, 2, 4, 4)).shape
@@ -267,12 +257,7 @@ CARD_INSTANCE = Card(
     wordless="it takes a condition as well as its input",
     normalized_over="each sample and channel, over all positions; weight and bias by class or vector",
     formula="y = weight(k) * (x - E[x]) / sqrt(Var[x] + eps) + bias(k)",
-    paper=Paper(
-        "Dumoulin, Vincent and Shlens, Jonathon and Kudlur, Manjunath",
-        "A Learned Representation for Artistic Style",
-        2017,
-        "https://arxiv.org/abs/1610.07629",
-    ),
+    paper=paper("dumoulin2017a"),
     use_cases="one style transfer network for many styles and their mixtures",
     strengths="a style is 2 C numbers per layer; independent of the batch",
     weaknesses="a new style must be trained; removes contrast even where it is the cue",
@@ -290,12 +275,7 @@ CARD_BATCH = Card(
     wordless="it takes a condition as well as its input",
     normalized_over="each channel, over the batch and all positions; weight and bias by class or vector",
     formula="y = weight(k) * (x - E[x]) / sqrt(Var[x] + eps) + bias(k)",
-    paper=Paper(
-        "de Vries, Harm and Strub, Florian and Mary, Jérémie and Larochelle, Hugo and Pietquin, Olivier and Courville, Aaron",
-        "Modulating Early Visual Processing by Language",
-        2017,
-        "https://arxiv.org/abs/1707.00683",
-    ),
+    paper=paper("devries2017modulating"),
     use_cases="class-conditional image generation (BigGAN, SAGAN); questions about images",
     strengths="a condition reaches every layer at the cost of 2 C numbers",
     weaknesses="depends on the batch, whose classes share their statistics",
@@ -315,12 +295,7 @@ CARD_SPATIAL = Card(
     wordless="it takes a map as well as its input",
     normalized_over="each channel, over the batch and all positions; weight and bias of each position by a map",
     formula="y = (1 + g(map)) * (x - E[x]) / sqrt(Var[x] + eps) + b(map)",
-    paper=Paper(
-        "Park, Taesung and Liu, Ming-Yu and Wang, Ting-Chun and Zhu, Jun-Yan",
-        "Semantic Image Synthesis with Spatially-Adaptive Normalization",
-        2019,
-        "https://arxiv.org/abs/1903.07291",
-    ),
+    paper=paper("park2019semantic"),
     use_cases="images from label maps and sketches",
     strengths="normalizing does not wash out the map",
     weaknesses="three convolutions per layer; depends on the batch in its original form",

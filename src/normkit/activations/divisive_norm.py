@@ -7,13 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.module import Module
-from normkit.core.moments import accumulation_dtype
+from normkit.core.moments import accumulation_dtype, full_precision
 from normkit.core.place import whole_number
-from normkit.core.precision import full_precision
 from normkit.core.support import Support, check_shape
 from normkit.engine.layer import check_channels, check_channels_first
 from normkit.engine.window import sliding_mean
@@ -69,15 +68,13 @@ class DivisiveNorm(Module):
         sigma: keeps the divisor above zero, in units of the input. Default: 1.
         affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
 
-    Shape:
-        (N, C, *); the output has the same shape.
+    Shape: (N, C, *); the output has the same shape.
 
     Raises:
         ShapeError: a number of channels other than ``num_channels``.
         OptionError: sigma is not above 0.
 
-    Reference:
-        Ren, Liao, Urtasun, Sinz, Zemel, "Normalizing the Normalizers" (2017), https://arxiv.org/abs/1611.04520.
+    Reference: Ren, Liao, Urtasun, Sinz, Zemel, "Normalizing the Normalizers" (2017), https://arxiv.org/abs/1611.04520.
 
     >>> norm = DivisiveNorm(1, Field(1, 3), Field(1, 3), sigma=0.1)
     >>> norm(torch.tensor([[[1.0, 2.0, 9.0]]])).detach()
@@ -141,21 +138,14 @@ class LyuSimoncelliNorm(Module):
     product of one profile per spatial axis; b and w are squares of the parameters ``bias`` and ``weight``, so they stay positive.
     It makes the responses of natural images nearly Gaussian. Training and evaluation compute the same.
 
+    Shapes and errors of channels are those of DivisiveNorm.
+
     Args:
         num_channels: channels C.
-        window: positions along each spatial axis, odd. Default: 3.
+        window: positions along each spatial axis; OptionError unless odd. Default: 3.
         eps: added to b. Default: 1e-6.
 
-    Shape:
-        (N, C, *); the output has the same shape.
-
-    Raises:
-        ShapeError: a number of channels other than ``num_channels``.
-        OptionError: the window is even.
-
-    Reference:
-        Lyu and Simoncelli, "Nonlinear Image Representation Using Divisive Normalization" (2008),
-        https://doi.org/10.1109/CVPR.2008.4587821.
+    Reference: Lyu and Simoncelli (2008), https://doi.org/10.1109/CVPR.2008.4587821.
 
     >>> LyuSimoncelliNorm(1)(torch.tensor([[[0.0, 3.0, 0.0]]])).detach()
     tensor([[[0.0000, 1.5000, 0.0000]]])
@@ -209,21 +199,15 @@ class HeegerNorm(Module):
     y_i = gain * d_i^p / (sigma^p + sum_k w_ik d_k^p), d = max(x, 0): the model of neurons in the visual cortex. The weights w are
     squares of the parameter ``weight``, so they stay positive. Training and evaluation compute the same.
 
+    Shapes and errors of channels are those of DivisiveNorm.
+
     Args:
         num_channels: channels C.
-        exponent: the power p, from 1. Default: 2.
-        sigma: the activity at which the response is half its maximum, above 0. Default: 1.
+        exponent: the power p; OptionError unless from 1. Default: 2.
+        sigma: the activity at which the response is half its maximum; OptionError unless above 0. Default: 1.
         gain: the largest response. Default: 1.
 
-    Shape:
-        (N, C, *); the output has the same shape.
-
-    Raises:
-        ShapeError: a number of channels other than ``num_channels``.
-        OptionError: exponent below 1, or sigma not above 0.
-
-    Reference:
-        Heeger, "Normalization of Cell Responses in Cat Striate Cortex" (1992), https://doi.org/10.1017/S0952523800009640.
+    Reference: Heeger (1992), https://doi.org/10.1017/S0952523800009640.
 
     >>> HeegerNorm(2)(torch.tensor([[2.0, -3.0]])).detach()
     tensor([[1.3333, 0.0000]])
@@ -290,12 +274,7 @@ CARD = Card(
     word="dn",
     normalized_over="each element, over a field of channels and positions around it",
     formula="y = weight * v / sqrt(sigma^2 + E_B[v^2]) + bias,  v = x - E_A[x]",
-    paper=Paper(
-        "Ren, Mengye and Liao, Renjie and Urtasun, Raquel and Sinz, Fabian H. and Zemel, Richard S.",
-        "Normalizing the Normalizers: Comparing and Extending Network Normalization Schemes",
-        2017,
-        "https://arxiv.org/abs/1611.04520",
-    ),
+    paper=paper("ren2017normalizing"),
     use_cases="image restoration, recurrent networks; models of the visual system",
     strengths="includes batch, layer, instance and local normalization; sigma is a threshold that can be chosen",
     weaknesses="windows cost several passes; sigma breaks the invariance to scale",
@@ -315,12 +294,7 @@ CARD_LYU_SIMONCELLI = Card(
     word="lyu",
     normalized_over="each element, over a weighted window of positions in its channel, without centring",
     formula="y = x / sqrt(b + sum_j w_j x_j^2)",
-    paper=Paper(
-        "Lyu, Siwei and Simoncelli, Eero P.",
-        "Nonlinear Image Representation Using Divisive Normalization",
-        2008,
-        "https://doi.org/10.1109/CVPR.2008.4587821",
-    ),
+    paper=paper("lyu2008nonlinear"),
     use_cases="representations of natural images; restoration and quality measures",
     strengths="removes the dependence between neighbouring responses; can be inverted",
     weaknesses="bounds responses without fixing their scale",
@@ -338,12 +312,7 @@ CARD_HEEGER = Card(
     word="heeger",
     normalized_over="each position, over a weighted pool of its channels, without centring",
     formula="y_i = gain * d_i^p / (sigma^p + sum_k w_ik d_k^p),  d = max(x, 0)",
-    paper=Paper(
-        "Heeger, David J.",
-        "Normalization of Cell Responses in Cat Striate Cortex",
-        1992,
-        "https://doi.org/10.1017/S0952523800009640",
-    ),
+    paper=paper("heeger1992normalization"),
     use_cases="models of the visual system",
     strengths="responses saturate at the gain whatever the contrast; explains masking between neurons",
     weaknesses="rectifies; later layers see only ratios of activities",

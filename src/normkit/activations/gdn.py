@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.errors import OptionError
 from normkit.core.module import Module
-from normkit.core.moments import accumulation_dtype
-from normkit.core.precision import full_precision
+from normkit.core.moments import accumulation_dtype, full_precision
 from normkit.core.support import check_shape
 from normkit.engine.layer import check_channels, check_channels_first
 
@@ -31,16 +30,13 @@ class GDN(Module):
         beta_min: the least beta, above 0. Default: 1e-6.
         gamma_init: initial diagonal of gamma; beta starts at 1. Default: 0.1.
 
-    Shape:
-        (N, C, *); the output has the same shape.
+    Shape: (N, C, *); the output has the same shape.
 
     Raises:
         ShapeError: a number of channels other than ``num_channels``.
         OptionError: beta_min is not between 0 and 1, or gamma_init is negative.
 
-    Reference:
-        Ballé, Laparra, Simoncelli, "Density Modeling of Images using a Generalized Normalization Transformation" (2016),
-        https://arxiv.org/abs/1511.06281.
+    Reference: Ballé, Laparra, Simoncelli (2016), https://arxiv.org/abs/1511.06281.
 
     >>> GDN(2)(torch.tensor([[3.0, 0.0]])).detach()
     tensor([[2.1764, 0.0000]])
@@ -104,12 +100,7 @@ def _card(inverse: bool) -> Card:
         wordless="it undoes gdn, and amplifies where a norm divides" if inverse else "",
         normalized_over="each position, over a learned pool of its channels, without centring",
         formula=f"y_i = x_i {'*' if inverse else '/'} sqrt(beta_i + sum_j gamma_ij x_j^2)",
-        paper=Paper(
-            "Ballé, Johannes and Laparra, Valero and Simoncelli, Eero P.",
-            "Density Modeling of Images using a Generalized Normalization Transformation",
-            2016,
-            "https://arxiv.org/abs/1511.06281",
-        ),
+        paper=paper("ballé2016density"),
         use_cases=f"learned image compression: the nonlinearity of the {'decoder' if inverse else 'encoder'}",
         strengths="makes the channels of natural images nearly independent and Gaussian; does not depend on the batch",
         weaknesses="C^2 weights and a matrix product per position; does not fix the scale of activations",

@@ -6,17 +6,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, check_options
 from normkit.core.memory import Running, RunningMoments, RunningStatistics
-from normkit.core.module import whole
+from normkit.core.module import TorchBatchNorm, whole
 from normkit.core.moments import Moments
 from normkit.core.place import whole_number
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
-from normkit.core.torch_batch_norm import TorchBatchNorm
 from normkit.engine.dispatch import Backend, Explanation, explain, run
 from normkit.engine.layer import Layer, check_channels, check_layout, check_several, given_statistics
 from normkit.engine.sub_batches import explain_in_sub_batches, run_in_sub_batches
@@ -56,33 +55,18 @@ class GhostBatchNorm(Layer, TorchBatchNorm):
     ``"moments"``     once, by the batch's raw moments: includes the variance between the sub-batches' means
     ================  =================================================================================================
 
+    Other arguments, shapes and errors are those of BatchNorm, for sub-batches in place of batches.
+
     Args:
-        num_features: channels C.
-        ghost_batch_size: samples per sub-batch. Default: 16.
-        eps: added to the variance. Default: 1e-5.
-        momentum: weight of the new value in the running averages; None for the cumulative average. Default: 0.1.
-        affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
-        track_running_stats: whether there are running averages; without, sub-batch statistics are always used. Default: True.
+        ghost_batch_size: samples per sub-batch, from 1. Default: 16.
         memory: how a batch updates the running averages. Default: "mean".
         permute: whether sub-batches are drawn at random. Default: False.
-        bias: False omits the bias. Default: True.
-        layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
 
-    Shape:
-        (N, C, *) or, with channels last, (N, *, C); the output has the same shape. N may be 0.
-
-    Raises:
-        ShapeError: a number of channels other than ``num_features``, or sub-batches of one value per channel in training.
-        OptionError: a size below 1, another memory or layout.
-
-    Reference:
-        Hoffer, Hubara, Soudry, "Train longer, generalize better" (2017), https://arxiv.org/abs/1705.08741, algorithm 1.
+    Reference: Hoffer, Hubara, Soudry (2017), https://arxiv.org/abs/1705.08741, algorithm 1.
 
     >>> norm = GhostBatchNorm(1, ghost_batch_size=2)
     >>> norm(torch.tensor([[1.0], [3.0], [10.0], [30.0]])).detach().T
     tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
-    >>> norm.running_mean  # a tenth of (2 + 20) / 2
-    tensor([1.1000])
     """
 
     shown = (
@@ -115,9 +99,8 @@ class GhostBatchNorm(Layer, TorchBatchNorm):
         self.complete(bias)
 
     def make_rule(self) -> Rule:
-        rule = ghost_batch_norm_rule(
-            self.ghost_batch_size, self.__dict__["eps"], self.momentum, self.layout, self.memory
-        )
+        eps = self.__dict__["eps"]
+        rule = ghost_batch_norm_rule(self.ghost_batch_size, eps, self.momentum, self.layout, self.memory)
         self._whole = _whole(rule, self.layout)
         return rule
 
@@ -130,16 +113,8 @@ class GhostBatchNorm(Layer, TorchBatchNorm):
         self.check(input)
         memory, running = self.rule.memory, self.running()
         if running is not None and not self.training:
-            return run(
-                self._whole,
-                input,
-                self.weight,
-                self.bias,
-                running=running,
-                training=False,
-                mask=mask,
-                backend=self.backend,
-            )
+            how = {"running": running, "training": False, "mask": mask, "backend": self.backend}
+            return run(self._whole, input, self.weight, self.bias, **how)
         order = torch.randperm(input.shape[0], device=input.device) if self.permute else None
         x = input if order is None else input[order]
         if mask is not None and order is not None:
@@ -224,12 +199,7 @@ CARD = Card(
     title="Ghost batch normalization",
     word="ghost",
     normalized_over="each sub-batch and channel, over the sub-batch's samples and all positions",
-    paper=Paper(
-        "Hoffer, Elad and Hubara, Itay and Soudry, Daniel",
-        "Train longer, generalize better: closing the generalization gap in large batch training of neural networks",
-        2017,
-        "https://arxiv.org/abs/1705.08741",
-    ),
+    paper=paper("hoffer2017train"),
     use_cases="training with batches of hundreds and more on one device",
     strengths="keeps the regularizing noise of small batches in large ones; loads checkpoints of batch normalization",
     weaknesses="the size of the sub-batch is one more choice; training and inference compute different functions",

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.module import Module
 from normkit.core.support import check_shape, show
@@ -26,15 +26,12 @@ class LearnedScale(Module):
         start: initial s. Default: 1.
         unit: initial weight. Default: 1.
 
-    Shape:
-        (*, features); the output has the same shape, in the input's dtype.
+    Shape: (*, features); the output has the same shape, in the input's dtype.
 
     Raises:
         OptionError: a unit of 0.
 
-    Reference:
-        Loshchilov, Hsieh, Sun, Ginsburg, "nGPT: Normalized Transformer with Representation Learning on the Hypersphere" (2024),
-        https://arxiv.org/abs/2410.01131.
+    Reference: Loshchilov, Hsieh, Sun, Ginsburg, "nGPT" (2024), https://arxiv.org/abs/2410.01131.
 
     >>> scale = LearnedScale(2, start=3.0, unit=0.5)
     >>> scale.weight.tolist(), scale(torch.ones(1, 2)).detach()
@@ -78,15 +75,12 @@ class HypersphereResidual(Module):
         rate: initial step a. Default: 0.05, as published.
         eps: floor of the norms. Default: 1e-12.
 
-    Shape:
-        h (*, D), of length 1, and branch of the same shape; the output has this shape and length 1.
+    Shape: h (*, D), of length 1, and branch of the same shape; the output has this shape and length 1.
 
     Raises:
         ShapeError: h does not end in ``features``, or the branch has another shape.
 
-    Reference:
-        Loshchilov, Hsieh, Sun, Ginsburg, "nGPT: Normalized Transformer with Representation Learning on the Hypersphere" (2024),
-        https://arxiv.org/abs/2410.01131.
+    Reference: Loshchilov, Hsieh, Sun, Ginsburg, "nGPT" (2024), https://arxiv.org/abs/2410.01131.
 
     >>> HypersphereResidual(2, rate=0.5)(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 9.0]])).detach()
     tensor([[0.7071, 0.7071]])
@@ -114,12 +108,7 @@ class HypersphereResidual(Module):
 def hypersphere(input: Tensor, eps: float = 1e-12) -> Tensor:
     """Project each token onto the unit sphere: x / max(|x|, eps) over the last axis, with the norm in at least float32.
 
-    Args:
-        input: (*, D).
-        eps: floor of the norm. Default: 1e-12.
-
-    Reference:
-        Loshchilov et al., "nGPT" (2024), https://arxiv.org/abs/2410.01131.
+    Reference: Loshchilov et al., "nGPT" (2024), https://arxiv.org/abs/2410.01131.
 
     >>> hypersphere(torch.tensor([[3.0, 4.0]]))
     tensor([[0.6000, 0.8000]])
@@ -152,8 +141,7 @@ def renormalize_(reads: Iterable[nn.Module] = (), writes: Iterable[nn.Module] = 
     Raises:
         ShapeError: a layer without a weight of two axes.
 
-    Reference:
-        Loshchilov et al., "nGPT" (2024), https://arxiv.org/abs/2410.01131.
+    Reference: Loshchilov et al., "nGPT" (2024), https://arxiv.org/abs/2410.01131.
 
     >>> layer = nn.Embedding.from_pretrained(torch.tensor([[3.0, 4.0], [0.0, 0.5]]))
     >>> renormalize_(reads=[layer])
@@ -170,26 +158,17 @@ def renormalize_(reads: Iterable[nn.Module] = (), writes: Iterable[nn.Module] = 
             weight.copy_(hypersphere(weight, eps) if dim else hypersphere(weight.T, eps).T)
 
 
-def _example_branch(x: Tensor) -> tuple[Tensor]:
-    return (x.flip(-1).double().sin().to(x.dtype),)
-
-
 CARD = Card(
     title="Residual step on the unit sphere (nGPT)",
     wordless="it replaces a residual sum of two inputs",
     normalized_over="each token, over its features, to length 1: the branch, and the state after its step",
     formula="h' = N(h + a * (N(branch) - h)), N(x) = x / |x|",
-    paper=Paper(
-        "Loshchilov, Ilya and Hsieh, Cheng-Ping and Sun, Simeng and Ginsburg, Boris",
-        "nGPT: Normalized Transformer with Representation Learning on the Hypersphere",
-        2024,
-        "https://arxiv.org/abs/2410.01131",
-    ),
+    paper=paper("loshchilov2024ngpt"),
     use_cases="language models trained from the start with all vectors on one sphere",
     strengths="needs neither weight decay nor warm-up; its authors report fewer steps to the same loss",
     weaknesses="weights must be renormalized after each step; more scales to learn; each step costs more",
     module=HypersphereResidual,
     functional=hypersphere_residual,
     layout="* d",
-    extra=_example_branch,
+    extra=lambda x: (x.flip(-1).double().sin().to(x.dtype),),
 )

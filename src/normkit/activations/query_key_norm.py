@@ -1,4 +1,4 @@
-"""Query-key normalization: attention with bounded logits, as queries and keys are normalized."""
+"""Attention on normalized queries and keys, with normalized outputs, or of conditioned tokens."""
 
 import math
 from typing import Any, ClassVar, Literal
@@ -7,15 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError, check_options
 from normkit.core.module import Module
+from normkit.core.moments import accumulation_dtype, full_precision
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
 from normkit.engine.dispatch import run
-from normkit.engine.layer import Layer
+from normkit.engine.layer import Layer, tokens_rule
 
 Form = Literal["cosine", "rms", "layer"]
 
@@ -47,17 +48,15 @@ class QueryKeyNorm(Module):
             form, and by it alone.
         eps: floor of the norm (cosine), else added inside the root. Default: 1e-6.
 
-    Shape:
-        queries (*, L, D), keys (*, S, D), values (*, S, E); output (*, L, E).
+    Shape: queries (*, L, D), keys (*, S, D), values (*, S, E); output (*, L, E).
 
     Raises:
         OptionError: an unknown form, or the cosine form without a length of at least 2.
         ShapeError: queries or keys do not end in ``features``.
 
-    Reference:
-        Henry, Dachapally, Pawar, Chen, "Query-Key Normalization for Transformers" (2020), https://arxiv.org/abs/2010.04245;
-        layer normalization of both, Dehghani et al., "Scaling Vision Transformers to 22 Billion Parameters" (2023),
-        https://arxiv.org/abs/2302.05442.
+    Reference: Henry, Dachapally, Pawar, Chen, "Query-Key Normalization for Transformers" (2020),
+    https://arxiv.org/abs/2010.04245; layer normalization of both, Dehghani et al., "Scaling Vision Transformers to 22
+    Billion Parameters" (2023), https://arxiv.org/abs/2302.05442.
 
     >>> attention = QueryKeyNorm(2, length=2)
     >>> q, k = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.1, 0.0], [0.0, 5.0]])
@@ -116,10 +115,8 @@ class QueryKeyNorm(Module):
         is_causal: bool = False,
     ) -> Tensor:
         """Attend, by ``torch.nn.functional.scaled_dot_product_attention``, whose mask it takes; dropout is in training only."""
-        query, key = self.normalize(query, key)
-        return F.scaled_dot_product_attention(
-            query, key, value, mask, dropout if self.training else 0.0, is_causal, scale=self.scale
-        )
+        (query, key), dropout = self.normalize(query, key), dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, scale=self.scale)
 
 
 class _HeadNorm(Layer):
@@ -173,12 +170,7 @@ CARD = Card(
     wordless="it replaces attention's product of queries and keys, not a norm of one input",
     normalized_over="each query and key of a head, over its features",
     formula="softmax(g * q / |q| . k / |k|) v",
-    paper=Paper(
-        "Henry, Alex and Dachapally, Prudhvi Raj and Pawar, Shubham and Chen, Yuxuan",
-        "Query-Key Normalization for Transformers",
-        2020,
-        "https://arxiv.org/abs/2010.04245",
-    ),
+    paper=paper("henry2020querykey"),
     use_cases="large transformers, where unbounded attention logits make training diverge",
     strengths="bounded logits, so attention does not collapse to one key at large rates or scales",
     weaknesses="two more reductions per head; can't be added to a trained network without changing its function",
@@ -188,4 +180,168 @@ CARD = Card(
     layout="* d",
     extra=_example_key_and_value,
     invariances=frozenset({"weight scale", "data scale", "sample scale"}),
+)
+
+
+Gradient = Literal["full", "detach"]
+
+
+class PreconditionedAttention(Module):
+    """Scaled dot-product attention C A with A = softmax(q k^T / sqrt(D)) v and the diagonal C = diag(1 / |a_i|).
+
+    Each row of A, what one query gets from one head, comes out with unit norm: row equilibration, as weight conditioning does it,
+    of the matrix that queries, keys and values make. Training and evaluation compute the same, and it has no parameters.
+
+    The paper's text could not be read whole: that C is diagonal and depends on queries, keys and values is its own figure, that
+    it holds the inverse norms of the rows of A is from a reimplementation by others.
+
+    Args:
+        eps: floor of a norm. Default: 1e-12.
+        gradient: ``"full"`` differentiates through C, ``"detach"`` takes it as a constant. Default: "full".
+
+    Shape: queries (*, L, D), keys (*, S, D), values (*, S, E); output (*, L, E).
+
+    Raises:
+        OptionError: an unknown ``gradient``, or an ``eps`` that is not above 0.
+
+    Reference: Saratchandran, "Preconditioned Attention" (2026), https://arxiv.org/abs/2603.27153.
+
+    >>> PreconditionedAttention()(torch.zeros(1, 2), torch.zeros(2, 2), torch.tensor([[6.0, 0.0], [0.0, 8.0]]))
+    tensor([[0.6000, 0.8000]])
+    """
+
+    shown = "eps={0.eps}, gradient={0.gradient!r}"
+
+    def __init__(self, eps: float = 1e-12, *, gradient: Gradient = "full") -> None:
+        super().__init__()
+        check_options("PreconditionedAttention", gradient=(gradient, Gradient))
+        if not eps > 0:
+            raise OptionError(f"PreconditionedAttention: eps={eps}; wanted a number above 0, the floor of a norm")
+        self.eps = eps
+        self.gradient: Gradient = gradient
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        *,
+        dropout: float = 0.0,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Attend, by ``torch.nn.functional.scaled_dot_product_attention``, whose mask it takes; dropout is in training only."""
+        options = {"dropout": dropout if self.training else 0.0, "is_causal": is_causal, "gradient": self.gradient}
+        return preconditioned_attention(query, key, value, mask, self.eps, **options)
+
+
+def preconditioned_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    eps: float = 1e-12,
+    *,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    gradient: Gradient = "full",
+) -> Tensor:
+    """Preconditioned attention as a function; see PreconditionedAttention.
+
+    >>> preconditioned_attention(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]))
+    tensor([[0.6000, 0.8000]])
+    """
+    wide = accumulation_dtype(query.dtype)
+    rows = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal)
+    if gradient == "full":
+        return run(tokens_rule("norm", eps, "floor"), rows)
+    x = rows.to(wide)
+    return (x / torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True).clamp_min(eps)).to(rows.dtype)
+
+
+CARD_PRECONDITIONED_ATTENTION = Card(
+    title="Preconditioned attention",
+    wordless="it replaces attention's product, not a norm of one input",
+    normalized_over="what each query gets of a head, over its features",
+    formula="y_i = a_i / max(|a_i|, eps), A = softmax(q k^T / sqrt(D)) v",
+    paper=paper("saratchandran2026preconditioned"),
+    use_cases="attention of transformers, from the start of training",
+    strengths="unit rows, whatever the values' scale; one reduction more per head; no parameters",
+    weaknesses="as we read it from its figure and from others' code; loses the length of what a query gets",
+    module=PreconditionedAttention,
+    functional=preconditioned_attention,
+    make=lambda features: PreconditionedAttention(),
+    rule=tokens_rule("norm", 1e-12, "floor"),
+    layout="* d",
+    extra=lambda x: (x.flip(1) + x, 2 * x - 1),  # keys and values that follow the queries
+)
+
+
+class ConditionedTokens(Module):
+    """Add C = s_1 U V^T to each sample's token matrix X = U S V^T, where s_1 is its largest singular value.
+
+    Singular values s_i become s_i + s_1, so that the condition number 2 s_1 / (s_1 + s_n) is at most 2, and the singular vectors
+    stay. It stands once, between the embedding (with its positions) and the first layer. Each token's correction depends on all
+    tokens of its sample: not for causal models. Training and evaluation compute the same.
+
+    The paper's text could not be read whole: that such a C comes from the singular value decomposition of X and bounds the
+    condition number by 2 is from summaries, its form from the same authors' paper on spectral conditioning.
+
+    Args:
+        gradient: ``"detach"`` takes C as a constant of the step; ``"full"`` differentiates through the decomposition, whose
+            derivative does not exist where singular values meet. Default: "detach".
+
+    Shape: (*, L, D): L tokens of D features; the output has this shape. The decomposition is taken in at least float32.
+
+    Raises:
+        OptionError: an unknown ``gradient``.
+        ShapeError: an input of fewer than two axes.
+
+    Reference: Saratchandran, Lucey (2025), https://arxiv.org/abs/2505.12789.
+
+    >>> ConditionedTokens()(torch.tensor([[4.0, 0.0], [0.0, 1.0]]))
+    tensor([[8., 0.],
+            [0., 5.]])
+    """
+
+    shown = "gradient={0.gradient!r}"
+
+    def __init__(self, gradient: Gradient = "detach") -> None:
+        super().__init__()
+        check_options("ConditionedTokens", gradient=(gradient, Gradient))
+        self.gradient: Gradient = gradient
+
+    def forward(self, input: Tensor) -> Tensor:
+        return conditioned_tokens(input, gradient=self.gradient)
+
+
+def conditioned_tokens(input: Tensor, *, gradient: Gradient = "detach") -> Tensor:
+    """Conditioned embedded tokens as a function; see ConditionedTokens.
+
+    >>> conditioned_tokens(torch.tensor([[3.0, 0.0]]))
+    tensor([[6., 0.]])
+    """
+    if input.dim() < 2:
+        raise ShapeError(f"conditioned_tokens: got an input of {show(input.shape)}; wanted tokens, (*, L, D)")
+    x = input.to(accumulation_dtype(input.dtype))
+    u, s, vt = torch.linalg.svd(x.detach() if gradient == "detach" else x, full_matrices=False)
+    with full_precision(x):
+        return (x + s[..., :1, None] * (u @ vt)).to(input.dtype)
+
+
+CARD_CONDITIONED_TOKENS = Card(
+    title="Conditioned embedded tokens",
+    wordless="it stands behind the embedding, not in a norm's place",
+    normalized_over="each sample's token matrix",
+    formula="Y = X + s_1 U V^T, X = U S V^T",
+    paper=paper("saratchandran2025enhancing"),
+    use_cases="transformers that see all tokens, between the embedding and the first layer",
+    strengths="bounds the condition number of the first layer's input by 2; no parameters",
+    weaknesses="as we read it from summaries; a singular value decomposition per sample; lets tokens see later ones",
+    module=ConditionedTokens,
+    functional=conditioned_tokens,
+    make=lambda features: ConditionedTokens(),
+    layout="* d",
+    exact_gradient=False,
+    over="* d",
 )

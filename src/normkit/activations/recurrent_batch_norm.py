@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError, check_options
 from normkit.core.memory import Running, RunningStatistics
@@ -41,26 +41,24 @@ class RecurrentBatchNorm(Layer):
     needs, and each step up to ``max_length`` has its own running statistics; later steps use the last one's in evaluation,
     and do not update it in training. Padding becomes zero.
 
+    ``eps``, ``momentum`` and ``bias`` are as for BatchNorm.
+
     Args:
         num_features: features C.
         statistics: ``"sequence"`` or ``"frame"``. Default: "sequence".
         max_length: number of steps with their own running statistics; needed frame-wise.
-        eps: added to the variance. Default: 1e-5.
-        momentum: weight of the new value in the running averages. Default: 0.1.
         gain: initial weight; 0.1 keeps the gates that follow unsaturated. Default: 1.
-        bias: False omits the bias (which starts at 0). Default: True.
         batch_first: whether inputs are (N, T, C) rather than (T, N, C). Default: False.
 
-    Shape:
-        (T, N, C), or (N, T, C) with ``batch_first``; the output has the same shape. Sequence-wise without lengths any (*, C).
+    Shape: (T, N, C), or (N, T, C) with ``batch_first``; the output has the same shape. Sequence-wise without lengths
+    any (*, C).
 
     Raises:
         OptionError: frame-wise without ``max_length``; unknown statistics.
         ShapeError: an input or lengths that do not fit, or one value per statistic in training.
 
-    Reference:
-        Laurent et al., "Batch Normalized Recurrent Neural Networks" (2015), https://arxiv.org/abs/1510.01378, section 3;
-        Cooijmans et al., "Recurrent Batch Normalization" (2016), https://arxiv.org/abs/1603.09025, section 3.
+    Reference: Laurent et al., "Batch Normalized Recurrent Neural Networks" (2015), https://arxiv.org/abs/1510.01378,
+    section 3; Cooijmans et al., "Recurrent Batch Normalization" (2016), https://arxiv.org/abs/1603.09025, section 3.
 
     >>> norm = RecurrentBatchNorm(1, batch_first=True)
     >>> norm(torch.tensor([[[1.0], [3.0]], [[3.0], [9.0]]]), lengths=torch.tensor([2, 1])).squeeze(-1).detach()
@@ -197,22 +195,17 @@ def recurrent_batch_norm(
 class BatchNormRNN(Module):
     """A recurrent layer whose input is normalized, but not its state: h_t = phi(W_h h_{t-1} + BN(W_x x_t)).
 
+    ``statistics`` and ``max_length``, and errors of shapes, are those of RecurrentBatchNorm.
+
     Args:
         input_size: features of the input.
         hidden_size: features of the state.
-        nonlinearity: ``"tanh"`` or ``"relu"``. Default: "tanh".
-        statistics: as for RecurrentBatchNorm. Default: "sequence".
-        max_length: as for RecurrentBatchNorm.
+        nonlinearity: ``"tanh"`` or ``"relu"``; OptionError for others. Default: "tanh".
         batch_first: whether inputs are (N, T, C) rather than (T, N, C). Default: False.
 
-    Shape:
-        (T, N, input_size) to (T, N, hidden_size), and the last real state (N, hidden_size).
+    Shape: (T, N, input_size) to (T, N, hidden_size), and the last real state (N, hidden_size).
 
-    Raises:
-        OptionError: an unknown nonlinearity; otherwise as RecurrentBatchNorm.
-
-    Reference:
-        Laurent et al., "Batch Normalized Recurrent Neural Networks" (2015), https://arxiv.org/abs/1510.01378.
+    Reference: Laurent et al., "Batch Normalized Recurrent Neural Networks" (2015), https://arxiv.org/abs/1510.01378.
 
     >>> BatchNormRNN(3, 5)(torch.randn(7, 2, 3))[0].shape
     torch.Size([7, 2, 5])
@@ -262,23 +255,11 @@ class BatchNormLSTM(Module):
     h_t = sigmoid(o) tanh(BN(c_t)); each BN frame-wise, with its own statistics for each step up to ``max_length`` and a gain
     that starts at 0.1; only the last has a bias. Gates are in torch's order.
 
-    Args:
-        input_size: features of the input.
-        hidden_size: features of the state.
-        max_length: number of steps with their own running statistics.
-        gain: initial value of the gains. Default: 0.1.
-        eps: added to the variances. Default: 1e-5.
-        momentum: weight of the new value in the running averages. Default: 0.1.
-        batch_first: whether inputs are (N, T, C) rather than (T, N, C). Default: False.
+    Sizes are given as to BatchNormRNN; other arguments and errors are those of RecurrentBatchNorm, frame-wise.
 
-    Shape:
-        (T, N, input_size) to (T, N, hidden_size), and the last real states (N, hidden_size) of output and cell.
+    Shape: (T, N, input_size) to (T, N, hidden_size), and the last real states (N, hidden_size) of output and cell.
 
-    Raises:
-        ShapeError, OptionError: as RecurrentBatchNorm.
-
-    Reference:
-        Cooijmans et al., "Recurrent Batch Normalization" (2016), https://arxiv.org/abs/1603.09025.
+    Reference: Cooijmans et al., "Recurrent Batch Normalization" (2016), https://arxiv.org/abs/1603.09025.
 
     >>> y, (h, c) = BatchNormLSTM(3, 5, max_length=7)(torch.randn(7, 2, 3))
     >>> y.shape, c.shape
@@ -337,12 +318,7 @@ CARD = Card(
     title="Recurrent batch normalization",
     word="rbn",
     normalized_over="each feature, over the batch and all real steps, or over the batch at each step",
-    paper=Paper(
-        "Cooijmans, Tim and Ballas, Nicolas and Laurent, César and Gülçehre, Çağlar and Courville, Aaron",
-        "Recurrent Batch Normalization",
-        2016,
-        "https://arxiv.org/abs/1603.09025",
-    ),
+    paper=paper("cooijmans2016recurrent"),
     use_cases="recurrent networks on padded batches of sequences",
     strengths="faster training of recurrent networks; padding never enters a statistic",
     weaknesses="statistics to keep for each step; layer normalization needs neither them nor a batch",

@@ -1,14 +1,12 @@
 """Layer normalization inside recurrent networks: each time step separately, in RNN, LSTM and GRU."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normkit.core.card import Card, Invariance, Paper
+from normkit.core.card import Card, Invariance, paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError, check_options
 from normkit.core.module import Module
@@ -81,15 +79,13 @@ class LayerNormRNNCell(_Cell):
         eps: added to the variance. Default: 1e-5.
         **factory: ``device`` and ``dtype`` of the parameters.
 
-    Shape:
-        input (*, input_size) and h (*, hidden_size), to h'.
+    Shape: input (*, input_size) and h (*, hidden_size), to h'.
 
     Raises:
         OptionError: an unknown nonlinearity.
         ShapeError: the size of the input or of the state does not fit.
 
-    Reference:
-        Ba, Kiros, Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450, section 3.1.
+    Reference: Ba, Kiros, Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450, section 3.1.
 
     >>> LayerNormRNNCell(3, 2)(torch.ones(1, 3)).shape
     torch.Size([1, 2])
@@ -121,21 +117,14 @@ class LayerNormLSTMCell(_Cell):
     c' = sigmoid(f) c + sigmoid(i) tanh(g); h' = sigmoid(o) tanh(LN(c')).
     With its norms replaced by ``torch.nn.Identity()`` it is ``torch.nn.LSTMCell`` with b = bias_ih + bias_hh.
 
+    Other arguments and errors are those of LayerNormRNNCell.
+
     Args:
-        input_size: size of x.
-        hidden_size: size of h and c.
         bias: False omits b; each norm has its own bias. Default: True.
-        eps: added to the variance. Default: 1e-5.
-        **factory: ``device`` and ``dtype`` of the parameters.
 
-    Shape:
-        input (*, input_size) and (h, c), each (*, hidden_size), to (h', c').
+    Shape: input (*, input_size) and (h, c), each (*, hidden_size), to (h', c').
 
-    Raises:
-        ShapeError: the size of the input or of the state does not fit.
-
-    Reference:
-        Ba, Kiros, Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450, supplement.
+    Reference: Ba, Kiros, Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450, supplement.
 
     >>> h, c = LayerNormLSTMCell(3, 2)(torch.ones(1, 3))
     >>> h.shape, c.shape
@@ -174,20 +163,9 @@ class LayerNormGRUCell(_Cell):
     torch's opens to the old one: with its norms replaced by ``torch.nn.Identity()`` it is ``torch.nn.GRUCell`` without biases and
     with the rows of z negated.
 
-    Args:
-        input_size: size of x.
-        hidden_size: size of h.
-        eps: added to the variance. Default: 1e-5.
-        **factory: ``device`` and ``dtype`` of the parameters.
+    Arguments, shapes and errors are those of LayerNormRNNCell, without ``nonlinearity``.
 
-    Shape:
-        input (*, input_size) and h (*, hidden_size), to h'.
-
-    Raises:
-        ShapeError: the size of the input or of the state does not fit.
-
-    Reference:
-        Ba, Kiros, Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450, supplement.
+    Reference: Ba, Kiros, Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450, supplement.
 
     >>> LayerNormGRUCell(3, 2)(torch.ones(1, 3)).shape
     torch.Size([1, 2])
@@ -219,14 +197,9 @@ class LayerNormGRUCell(_Cell):
 def unroll(input: Tensor, cell: _Cell, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
     """Run a cell of this file over a sequence.
 
-    Args:
-        input: (T, *, input_size).
-        cell: LayerNormRNNCell, LayerNormLSTMCell or LayerNormGRUCell.
-        state: the first state, or None for zeros.
-        mask: boolean (T, *); where it is False the state stays unchanged, and the output is zero.
+    ``state`` is the first one, zeros without; where the boolean ``mask`` (T, *) is False the state stays, and the output is zero.
 
-    Returns:
-        The outputs h (T, *, hidden_size), and the last state.
+    Returns the outputs h (T, *, hidden_size), and the last state.
 
     Raises:
         ShapeError: the size of the input, state or mask does not fit, or T is 0.
@@ -241,7 +214,7 @@ def unroll(input: Tensor, cell: _Cell, state: Any = None, *, mask: Tensor | None
         raise ShapeError(f"unroll: got a sequence of {show(input.shape)}, wanted at least one step: (T, *, features)")
     if mask is not None and (mask.shape != input.shape[:-1] or mask.dtype != torch.bool):
         raise ShapeError(
-            f"unroll: got a {mask.dtype} mask of {show(mask.shape)}, wanted torch.bool of {show(input.shape[:-1])}"
+            f"unroll: got a {mask.dtype} mask {show(mask.shape)}; wanted torch.bool {show(input.shape[:-1])}"
         )
     now = _first(cell, input[0], state)
     outputs = []
@@ -266,15 +239,13 @@ class LayerNormRecurrent(Module):
         batch_first: whether inputs are (N, T, input_size) rather than (T, N, input_size). Default: False.
         **options: options of the cells, e.g. ``eps``, ``device``, ``dtype``.
 
-    Shape:
-        (T, *, input_size) to (T, *, hidden_size) and the last state: h (layers, *, hidden_size), or (h, c) of an LSTM.
+    Shape: (T, *, input_size) to (T, *, hidden_size) and the last state: h (layers, *, hidden_size), or (h, c) of an LSTM.
 
     Raises:
         OptionError: an unknown cell, or no layers.
         ShapeError: the size of the input, state or mask does not fit, or there is no time step.
 
-    Reference:
-        Ba, Kiros, Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450.
+    Reference: Ba, Kiros, Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450.
 
     >>> y, (h, c) = LayerNormRecurrent(3, 2, "lstm", num_layers=2)(torch.ones(5, 1, 3))
     >>> y.shape, c.shape
@@ -314,8 +285,7 @@ class LayerNormRecurrent(Module):
             state: the first state, with a leading axis of layers: h (layers, *, hidden_size), or (h, c); None for zeros.
             mask: boolean, of the input's shape without the features; where it is False the state stays, and the output is zero.
 
-        Returns:
-            The last layer's outputs, in the layout of the input, and the last state, as ``state``.
+        Returns the last layer's outputs, in the layout of the input, and the last state, as ``state``.
         """
         if isinstance(input, nn.utils.rnn.PackedSequence):
             raise ShapeError(
@@ -363,12 +333,7 @@ def _card(cell: str, title: str, over: str, formula: str, *invariances: Invarian
         wordless="it is a recurrent cell, with norms and weights",
         normalized_over=f"each time step of each sample, over {over}",
         formula=formula,
-        paper=Paper(
-            "Ba, Jimmy Lei and Kiros, Jamie Ryan and Hinton, Geoffrey E.",
-            "Layer Normalization",
-            2016,
-            "https://arxiv.org/abs/1607.06450",
-        ),
+        paper=paper("ba2016layer"),
         use_cases="recurrent networks on long sequences or with small batches",
         strengths="stabilizes the size of the hidden state; the same for any length, batch and step",
         weaknesses="one step at a time in Python, without torch's fused recurrent kernels",

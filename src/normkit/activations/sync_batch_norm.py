@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.errors import ShapeError
 from normkit.core.memory import RunningStatistics
+from normkit.core.module import TorchBatchNorm
 from normkit.core.moments import Moments, accumulation_dtype, moments
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Split, show
-from normkit.core.torch_batch_norm import TorchBatchNorm
 from normkit.engine.dispatch import Activation, Backend, Explanation, run
 from normkit.engine.layer import Layer, channels_rule, check_channels, check_several, given_statistics
 from normkit.engine.reference import activate
@@ -28,35 +28,19 @@ class SyncBatchNorm(Layer, TorchBatchNorm):
 
     y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, with E and Var (population) over the union of the processes' batches in
     training. Batches may differ in size, and some may be empty; every process must call forward and backward alike. Each
-    process's count, mean and variance are gathered once and merged; the backward pass sums two numbers per channel over the
-    processes. Running statistics are the same in all processes. Gradients of weight and bias are those of the local batch, as
+    process's count, mean and variance are gathered once and merged; the backward pass sums two numbers per channel. Running
+    statistics are the same in all processes; gradients of weight and bias are those of the local batch, as
     DistributedDataParallel expects. Without a process group, with one process, and in evaluation it is batch normalization.
 
     ``torch.nn.SyncBatchNorm``, but also on CPU: same arguments, defaults and state_dict. Replace channels-last layers by hand,
-    with the same layout: ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` knows no layout, and is refused.
+    with the same layout: ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` knows no layout, and is refused. Other arguments,
+    shapes and errors are those of BatchNorm; one value per channel is refused where it is the only one of all processes.
 
     Args:
-        num_features: channels C.
-        eps: added to the variance. Default: 1e-5.
-        momentum: weight of the new value in the running averages; None for the cumulative average. Default: 0.1.
-        affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
-        track_running_stats: whether there are running averages; without, the batches' statistics are always used. Default: True.
         process_group: the processes that share statistics. Default: all.
-        bias: False omits the bias. Default: True.
-        layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
-        activation: what follows: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
 
-    Shape:
-        (N, C, *) or, with channels last, (N, *, C); the output has the same shape. N may differ between processes, and be 0.
-
-    Raises:
-        ShapeError: a number of channels other than ``num_features``, or one value per channel in all processes
-            together in training.
-        OptionError: an unknown layout.
-
-    Reference:
-        Merging follows Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983),
-        https://doi.org/10.1080/00031305.1983.10483115; the method Ioffe and Szegedy (2015), https://arxiv.org/abs/1502.03167.
+    Reference: Merging follows Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983),
+    https://doi.org/10.1080/00031305.1983.10483115; the method Ioffe and Szegedy (2015), https://arxiv.org/abs/1502.03167.
 
     >>> norm = SyncBatchNorm(1, momentum=0.5)
     >>> norm(torch.tensor([[1.0], [3.0]])).detach().T
@@ -241,12 +225,7 @@ CARD = Card(
     title="Synchronized batch normalization",
     word="sync",
     normalized_over="each channel, over the batches of all processes and all positions",
-    paper=Paper(
-        "Ioffe, Sergey and Szegedy, Christian",
-        "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
-        2015,
-        "https://arxiv.org/abs/1502.03167",
-    ),
+    paper=paper("ioffe2015batch"),
     use_cases="detection, segmentation and other training with few samples on each of several devices",
     strengths="the same statistics for any number of devices; batches may be uneven, or empty",
     weaknesses="each layer waits for all processes, once forward and once backward",

@@ -105,7 +105,7 @@ def conditions(
     import json
 
     from normkit.core.errors import OptionError
-    from normkit.diagnostics.conditions import conditions
+    from normkit.diagnostics.conditioning import conditions
     from normkit.lab.experiment import Drawing
     from normkit.lab.protocol import MODELS, load_factory, make_model, user_code
     from normkit.lab.record import write_bytes

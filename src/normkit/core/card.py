@@ -3,6 +3,8 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from torch import Tensor
@@ -27,9 +29,8 @@ class Paper:
     def cite(self) -> str:
         """One line: first author, year, title, address."""
         names = self.authors.split(" and ")
-        who = names[0].split(",")[0] + (
-            " et al." if len(names) > 2 else f" and {names[1].split(',')[0]}" if len(names) == 2 else ""
-        )
+        first, *more = (name.split(",")[0] for name in names)
+        who = f"{first} et al." if len(more) > 1 else " and ".join([first, *more])
         return f'{who} {self.year}, "{self.title}", {self.url}'
 
     def bibtex(self) -> str:
@@ -39,6 +40,22 @@ class Paper:
         return f"@misc{{{key},\n" + "".join(f"  {name} = {{{value}}},\n" for name, value in fields.items()) + "}"
 
 
+@cache
+def _bibliography() -> dict[str, Paper]:
+    """The papers in references.bib by their keys, where each stands as ``bibtex`` writes it."""
+    text = Path(__file__).with_name("references.bib").read_text(encoding="utf-8")
+    found = {}
+    for key, entry in re.findall(r"@misc\{(\w+),\n(.*?)\n\}", text, re.DOTALL):
+        of = dict(re.findall(r"(\w+) = \{(.*)\},", entry))
+        found[key] = Paper(of["author"], of["title"], int(of["year"]), of["url"])
+    return found
+
+
+def paper(key: str) -> Paper:
+    """The paper of a key in references.bib."""
+    return _bibliography()[key]
+
+
 def _made(*given: Any) -> NoReturn:
     """Stands for what a card makes where it says nothing of it."""
     raise NotImplementedError
@@ -46,81 +63,58 @@ def _made(*given: Any) -> NoReturn:
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """One method of the catalogue. The laws in the tests check every claim on it that a machine can check.
+    """One method of the catalogue. The laws in the tests check every claim on it that a machine can check."""
 
-    Args:
-        name: the name in snake case. Default: the function's, of which it differs only where several methods share one.
-        title: the name in words.
-        kind: what is normalized. Default: activations.
-        word: the word for the method in recipes; "" for none.
-        normalized_over: the support set in words.
-        formula: as the literature writes it. Default: the rule's.
-        paper: where it was published.
-        use_cases: where it is the usual choice.
-        strengths: arguments for it.
-        weaknesses: arguments against it.
-        module: the class of the layer (activations), data transform (inputs), parametrization (weights) or gradient processor.
-        functional: the stateless function.
-        make: ``make(channels)`` returns a small module for an input of the rule's layout (activations); ``make(layer)``
-            parametrizes a layer and returns it (weights); ``make(features)`` returns an unfitted module (inputs);
-            ``make(model)`` returns the processor of a model's gradients (gradients). Default: the module, without arguments
-            for inputs.
-        rule: the method as data, or None where it is not one rule.
-        layout: the input layout of an activation layer: ``"n c *"`` channels first, or ``"* d"`` features last.
-        extra: for conditioned layers, maps an example of the first input of forward to the others.
-        batch_dependent: a sample's training output depends on other samples, as in every layer with running statistics.
-        order_dependent: a sample's training output depends on its position in the batch.
-        running_state: it keeps running statistics, or (inputs) those that it was fitted on.
-        train_equals_eval: training and inference compute the same function. Default: unless a layer has running statistics.
-        exact_gradient: the backward pass is the derivative of the training output; False where the method deliberately treats
-            something that depends on the input as a constant.
-        foldable: it can be baked into the weights for inference, as every parametrization of weights.
-        invertible: the input can be recovered from the output (inputs): where statistics of the data are kept.
-        streams: its statistics can be accumulated batch by batch without approximation (inputs).
-        fits: for a class with several cards, whether an instance is this method; None on the default card.
-        invariances: changes of a linear layer's weight or data that leave its normalized output unchanged.
-        build: makes the layer that replaces a norm at a place; None for a method without a word (activations).
-        wordless: reason an activation method has no word.
-        option: the option that may follow the word.
-        axes: the input layouts that ``build`` supports. Default: the one of ``layout``.
-        takes: the parameters of the built layer that mean the same as a norm's weight and bias, and are copied from it.
-        over: the axes of ``"n c *"`` that statistics are computed over, where the rule does not say.
-        accompanies: whether networks use it in addition to a norm, so that converting norms leaves it alone.
-    """
-
+    # The name in snake case. Default: the function's, of which it differs only where several methods share one.
     name: str = ""
-    title: str
-    kind: Kind = "activation"
-    word: str = ""
-    normalized_over: str
-    formula: str = ""
-    paper: Paper
-    use_cases: str
-    strengths: str
-    weaknesses: str
+    title: str  # the name in words
+    kind: Kind = "activation"  # what is normalized. Default: activations.
+    word: str = ""  # the word for the method in recipes; "" for none
+    normalized_over: str  # the support set in words
+    formula: str = ""  # as the literature writes it. Default: the rule's.
+    paper: Paper  # where it was published
+    use_cases: str  # where it is the usual choice
+    strengths: str  # arguments for it
+    weaknesses: str  # arguments against it
+    # The class of the layer (activations), data transform (inputs), parametrization (weights) or gradient processor.
     module: type[Any]
-    functional: Callable[..., Any]
+    functional: Callable[..., Any]  # the stateless function
+    # ``make(channels)`` returns a small module for an input of the rule's layout (activations); ``make(layer)``
+    # parametrizes a layer and returns it (weights); ``make(features)`` returns an unfitted module (inputs);
+    # ``make(model)`` returns the processor of a model's gradients (gradients). Default: the module, without arguments
+    # for inputs.
     make: Callable[..., Any] = _made
-    rule: Rule | None = None
+    rule: Rule | None = None  # the method as data, or None where it is not one rule
+    # The input layout of an activation layer: ``"n c *"`` channels first, or ``"* d"`` features last.
     layout: Literal["n c *", "* d"] = "n c *"
+    # For conditioned layers, maps an example of the first input of forward to the others.
     extra: Callable[[Tensor], tuple[Any, ...]] | None = None
+    # A sample's training output depends on other samples, as in every layer with running statistics.
     batch_dependent: bool = False
-    order_dependent: bool = False
-    running_state: bool = False
+    order_dependent: bool = False  # a sample's training output depends on its position in the batch
+    running_state: bool = False  # it keeps running statistics, or (inputs) those that it was fitted on
+    # Training and inference compute the same function. Default: unless a layer has running statistics.
     train_equals_eval: bool | None = None
+    # The backward pass is the derivative of the training output; False where the method deliberately treats something
+    # that depends on the input as a constant.
     exact_gradient: bool = True
-    foldable: bool = False
+    foldable: bool = False  # it can be baked into the weights for inference, as every parametrization of weights
+    # The input can be recovered from the output (inputs): where statistics of the data are kept.
     invertible: bool = False
-    streams: bool = False
+    streams: bool = False  # its statistics can be accumulated batch by batch without approximation (inputs)
+    # For a class with several cards, whether an instance is this method; None on the default card.
     fits: Callable[[Any], bool] | None = None
+    # Changes of a linear layer's weight or data that leave its normalized output unchanged.
     invariances: frozenset[Invariance] = frozenset()
+    # Makes the layer that replaces a norm at a place; None for a method without a word (activations).
     build: Callable[[Place], Any] | None = None
-    wordless: str = ""
-    option: Option | None = None
-    axes: tuple[Axes, ...] = ()
+    wordless: str = ""  # reason an activation method has no word
+    option: Option | None = None  # the option that may follow the word
+    axes: tuple[Axes, ...] = ()  # the input layouts that ``build`` supports. Default: the one of ``layout``.
+    # The parameters of the built layer that mean the same as a norm's weight and bias, and are copied from it.
     takes: tuple[str, ...] = ("weight", "bias")
-    over: str | None = None
-    accompanies: bool = False
+    over: str | None = None  # the axes of ``"n c *"`` that statistics are computed over, where the rule does not say
+    accompanies: bool = False  # whether networks use it in addition to a norm, so that converting norms leaves it alone
 
     def __post_init__(self) -> None:
         keeps = self.kind == "activation" and self.running_state
@@ -143,9 +137,7 @@ class Card:
         if self.kind != "activation":
             return
         if bool(self.word) == bool(self.wordless) or bool(self.word) == (self.build is None):
-            raise NotationError(
-                f"Card {self.name}: wanted a word for recipes with build=, or wordless= with the reason why it has none"
-            )
+            raise NotationError(f"Card {self.name}: wanted word= and build=, or wordless=, the reason why it has none")
 
     def _plainly(self, sizes: Any) -> Any:
         return self.module() if self.kind == "input" else self.module(sizes)

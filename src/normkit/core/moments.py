@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -42,15 +43,9 @@ class Moments(NamedTuple):
 
         n = n_a + n_b,  d = mean_b - mean_a,  mean = mean_a + d n_b / n,  M2 = M2_a + M2_b + d^2 n_a n_b / n,  var = M2 / n.
 
-        Args:
-            other: moments of the other set, of the same shape.
+        A side with n = 0 leaves the other, of the same shape, unchanged.
 
-        Returns:
-            Moments of the union; a side with n = 0 leaves the other unchanged.
-
-        Reference:
-            Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983),
-            https://doi.org/10.1080/00031305.1983.10483115.
+        Reference: Chan, Golub, LeVeque (1983), https://doi.org/10.1080/00031305.1983.10483115.
 
         >>> a = Moments(torch.tensor(1.0), torch.tensor(0.0), 1)
         >>> b = Moments(torch.tensor(4.0), torch.tensor(1.0), 2)
@@ -78,8 +73,7 @@ def moments(x: Tensor, dims: Sequence[int], mask: Tensor | None = None) -> Momen
         dims: the axes to reduce.
         mask: boolean, broadcasts over x; elements where it is False are left out.
 
-    Returns:
-        Moments in the accumulation dtype; differentiable any number of times.
+    Returns moments in the accumulation dtype; differentiable any number of times.
 
     Raises:
         OptionError: x is not floating.
@@ -109,3 +103,9 @@ def moments(x: Tensor, dims: Sequence[int], mask: Tensor | None = None) -> Momen
     shift = rest.sum(dims, keepdim=True) / divisor
     var = torch.where(mask, rest - shift, zero).square().sum(dims, keepdim=True) / divisor
     return Moments(first + shift, var, count)
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """A context without autocast on the device of x, in which matrix products keep the dtype of their operands."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

@@ -3,8 +3,13 @@
 from normkit.diagnostics.activations import activations
 from normkit.diagnostics.audit.checks import audit
 from normkit.diagnostics.audit.finding import Audit, Finding
-from normkit.diagnostics.conditioning import condition_number, operator_norm, operator_spectrum, weight_conditions
-from normkit.diagnostics.conditions import conditions
+from normkit.diagnostics.conditioning import (
+    condition_number,
+    conditions,
+    operator_norm,
+    operator_spectrum,
+    weight_conditions,
+)
 from normkit.diagnostics.curvature import hessian, hessian_condition, hessian_extremes, smoothness, spectral_density
 from normkit.diagnostics.gap import gap
 

@@ -1,7 +1,5 @@
 """How the signal lives through a model's depth: moments of every module's output and gradient, over streamed batches."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,36 +24,26 @@ _BOUNDS: dict[type[nn.Module], tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class Signal:
-    """What a module gave, over all batches.
+    """What a module gave, over all batches."""
 
-    Attributes:
-        name: of the module.
-        kind: its class.
-        mean: of all elements, as are ``std`` and ``kurtosis``, the fourth central moment over squared variance: 3 if normal.
-        std: standard deviation.
-        kurtosis: see above.
-        dead: share of units that were always zero; a unit is a channel, axis 1 from four axes on, else the last axis.
-        saturated: share of elements within 1 % of a bound of Tanh, Sigmoid and their like; None for other modules.
-        gradient_std: standard deviation of the gradient of the loss by the output; None without a loss.
-        elements: that were seen.
-    """
-
-    name: str
-    kind: str
+    name: str  # of the module
+    kind: str  # its class
+    # Of all elements, as are ``std`` and ``kurtosis``, the fourth central moment over squared variance: 3 if normal.
     mean: float
-    std: float
-    kurtosis: float
+    std: float  # standard deviation
+    kurtosis: float  # see above
+    # Share of units that were always zero; a unit is a channel, axis 1 from four axes on, else the last axis.
     dead: float
+    # Share of elements within 1 % of a bound of Tanh, Sigmoid and their like; None for other modules.
     saturated: float | None
-    gradient_std: float | None
-    elements: int
+    gradient_std: float | None  # standard deviation of the gradient of the loss by the output; None without a loss
+    elements: int  # that were seen
 
 
 class Stream:
     """The first four central moments of all elements that are added, in float64, merged part by part.
 
-    Reference: Pebay, "Formulas for Robust, One-Pass Parallel Computation of Covariances and Arbitrary-Order Statistical Moments"
-    (2008), https://doi.org/10.2172/1028931.
+    Reference: Pebay (2008), https://doi.org/10.2172/1028931.
     """
 
     def __init__(self) -> None:
@@ -103,9 +91,8 @@ def activations(
     """Measure mean, deviation, kurtosis, dead and saturated parts of every module's output, and the deviation of its gradient.
 
     Hooks stream each output into moments and keep nothing; a batch costs its forward pass (with a loss its backward pass) and a
-    few passes over each output in float64, a million elements at a time. The model stays in the mode that it is in; running
-    statistics, gradients and random generators are as before afterwards. Functions, such as ``F.relu``, are not seen, as they are
-    no modules; a module that is called several times is measured over all calls.
+    few passes over each output in float64. The model stays in its mode; running statistics, gradients and random generators are
+    as before afterwards. Functions, such as ``F.relu``, are no modules, and not seen.
 
     Args:
         model: any module.
@@ -115,8 +102,7 @@ def activations(
         where: which modules, by name and module. Default: those without modules in them.
         forward: ``forward(model, batch)``, in place of giving the model the batch's input. Default: None.
 
-    Returns:
-        A row per module whose output is, or begins with, a floating tensor, in the order of the first call.
+    Returns a row per module whose output is, or begins with, a floating tensor, in the order of the first call.
 
     Raises:
         OptionError: there are no batches, a loss and a batch without a target, or reentrant checkpointing with a loss.

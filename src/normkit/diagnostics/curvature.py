@@ -10,8 +10,6 @@ before every pass: nothing of the model changes. A product with a vector takes a
 Gauss-Newton matrix four) over every batch, and the memory of one batch's graph.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Sequence
@@ -21,9 +19,9 @@ from typing import Literal, NamedTuple, Unpack
 import torch
 from torch import Tensor, nn
 
-from normkit.core.errors import OptionError, closest
-from normkit.diagnostics.lanczos import dominant, quadrature
+from normkit.core.errors import check_options
 from normkit.diagnostics.second_derivative import Batches, Curvature, Loss, Options
+from normkit.diagnostics.spectrum import dominant, quadrature
 from normkit.surgery.bake import bake
 from normkit.surgery.select import Where, select, weight_names
 from normkit.weights.weight_conditioning import Mode, weight_conditioning
@@ -35,20 +33,15 @@ _ROWS = 256  # rows of a dense Hessian at a time: more are faster, and each hold
 
 @dataclass(frozen=True)
 class Extremes:
-    """The largest and the smallest eigenvalue of a symmetric matrix, negative where the loss curves downwards.
-
-    Attributes:
-        condition: largest |eigenvalue| over the smallest; infinity if the matrix is singular. NaN where only the ends of
-            the spectrum are known and 0 lies between them.
-        error: so near to each of the two is an eigenvalue.
-        products: products of the matrix with a vector that were made; 0 where the whole matrix was.
-    """
+    """The largest and the smallest eigenvalue of a symmetric matrix, negative where the loss curves downwards."""
 
     largest: float
     smallest: float
+    # Largest |eigenvalue| over the smallest; infinity if the matrix is singular. NaN where only the ends of the
+    # spectrum are known and 0 lies between them.
     condition: float
-    error: float
-    products: int = 0
+    error: float  # so near to each of the two is an eigenvalue
+    products: int = 0  # products of the matrix with a vector that were made; 0 where the whole matrix was
 
     @property
     def stable_rate(self) -> float:
@@ -81,8 +74,7 @@ def hessian_extremes(
         limit: products after which Lanczos gives up. Default: 1000.
         **options: see ``Options``.
 
-    Returns:
-        ``.largest``, ``.smallest``, ``.condition``, ``.stable_rate``, and how good they are.
+    Returns ``.largest``, ``.smallest``, ``.condition``, ``.stable_rate``, and how good they are.
 
     Raises:
         OptionError: nothing is trained; no batches; batches that can be walked only once; reentrant checkpointing; derivatives
@@ -170,10 +162,9 @@ def spectral_density(
     ``probes`` random vectors, drawn by ``seed``, take ``steps`` each; other arguments and errors are those of
     ``hessian_extremes``.
 
-    Reference:
-        Ubaru, Chen, Saad, "Fast Estimation of tr(f(A)) via Stochastic Lanczos Quadrature" (2017),
-        https://doi.org/10.1137/16M1104974; Ghorbani, Krishnan, Xiao, "An Investigation into Neural Net Optimization via Hessian
-        Eigenvalue Density" (2019), https://arxiv.org/abs/1901.10159.
+    Reference: Ubaru, Chen, Saad, "Fast Estimation of tr(f(A)) via Stochastic Lanczos Quadrature" (2017),
+    https://doi.org/10.1137/16M1104974; Ghorbani, Krishnan, Xiao, "An Investigation into Neural Net Optimization via
+    Hessian Eigenvalue Density" (2019), https://arxiv.org/abs/1901.10159.
 
     >>> model, x = nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 0.0], [0.0, 3.0]])
     >>> found = spectral_density(model, nn.functional.mse_loss, [(x, torch.zeros(2, 1))], probes=1)
@@ -190,17 +181,12 @@ def spectral_density(
 
 @dataclass(frozen=True)
 class Smoothness:
-    """Lowest and highest loss along the gradient, the start included, and how the gradient changes.
-
-    Attributes:
-        predictive: largest distance of the gradient from the first one.
-        beta: largest such distance over the length of the way, an effective Lipschitz constant of the gradient.
-    """
+    """Lowest and highest loss along the gradient, the start included, and how the gradient changes."""
 
     low: float
     high: float
-    predictive: float
-    beta: float
+    predictive: float  # largest distance of the gradient from the first one
+    beta: float  # largest such distance over the length of the way, an effective Lipschitz constant of the gradient
 
 
 def smoothness(
@@ -216,9 +202,7 @@ def smoothness(
 
     The steps are ``rate`` times the multiples in ``along``; other arguments and errors are those of ``hessian_extremes``.
 
-    Reference:
-        Santurkar, Tsipras, Ilyas, Madry, "How Does Batch Normalization Help Optimization?" (2018),
-        https://arxiv.org/abs/1805.11604, section 3.
+    Reference: Santurkar, Tsipras, Ilyas, Madry (2018), https://arxiv.org/abs/1805.11604, section 3.
 
     >>> model = nn.Linear(1, 1, bias=False)
     >>> _ = nn.init.ones_(model.weight)
@@ -266,23 +250,13 @@ def hessian_condition(
     ``plain``           L at the weights E W      H at another place
     ==================  ========================  ==================================================================
 
-    Args:
-        model: small: the whole matrix is made. Its layers should carry no parametrization.
-        loss: see ``hessian_extremes``, as are batches.
-        batches: pairs of an input and a target.
-        mode: the reading. Default: "constant".
-        method: what is equilibrated, as in ``weight_conditioning``. Default: "row".
-        where: which layers, as in ``surgery.select``. Default: "all".
-
-    Returns:
-        ``.before`` and ``.after``, each with ``.condition``.
+    The model is small, as the whole matrix is made, and its layers carry no parametrization; loss and batches are those of
+    ``hessian_extremes``, ``method`` is the mode of ``weight_conditioning``, and ``where`` that of ``surgery.select``.
 
     Raises:
         OptionError: another reading, or a layer that can't be conditioned.
 
-    Reference:
-        Saratchandran, Wang, Lucey, "Weight Conditioning for Smooth Optimization of Neural Networks" (2024),
-        https://arxiv.org/abs/2409.03424.
+    Reference: Saratchandran, Wang, Lucey (2024), https://arxiv.org/abs/2409.03424.
 
     >>> model = nn.Linear(2, 2, bias=False)
     >>> model.weight.data = torch.tensor([[4.0, 0.0], [0.0, 1.0]])
@@ -291,9 +265,7 @@ def hessian_condition(
     >>> round(before.condition, 6), round(after.condition, 6)  # (4 / 1) ** 2 times as large
     (4.0, 64.0)
     """
-    known = ("constant", "differentiated", "plain")
-    if mode not in known:
-        raise OptionError(f"hessian_condition: mode={mode!r}; wanted one of {', '.join(known)}{closest(mode, known)}")
+    check_options("hessian_condition", mode=(mode, Reading))
     twin = copy.deepcopy(model).double()
     for layer in select(twin, where).values():
         for name in weight_names(layer):

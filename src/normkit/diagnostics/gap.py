@@ -1,7 +1,5 @@
 """The gap between training and evaluation: each batch normalization's running statistics against those of its inputs."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,22 +17,17 @@ _BUFFERS = ("running_mean", "running_var", "running_std")
 
 @dataclass(frozen=True)
 class LayerGap:
-    """One layer's gap.
+    """One layer's gap."""
 
-    Attributes:
-        name: of the layer.
-        distance: root mean square difference of its normalized outputs under the two statistics, in their standard deviations:
-            per channel ((m - m') / s)^2 + (s' / s - 1)^2, with running mean and deviation m, s and those of the inputs m', s'.
-        worst: the largest over channels; ``distance`` is the root mean square over them.
-        loss: how much the loss falls if this layer alone has the statistics of its inputs; None without a loss.
-        accuracy: how much the accuracy rises then, of class scores against classes; else None.
-    """
-
-    name: str
+    name: str  # of the layer
+    # Root mean square difference of its normalized outputs under the two statistics, in their standard deviations:
+    # per channel ((m - m') / s)^2 + (s' / s - 1)^2, with running mean and deviation m, s and those of the inputs m',
+    # s'.
     distance: float
-    worst: float
+    worst: float  # the largest over channels; ``distance`` is the root mean square over them
+    # How much the loss falls if this layer alone has the statistics of its inputs; None without a loss.
     loss: float | None = None
-    accuracy: float | None = None
+    accuracy: float | None = None  # how much the accuracy rises then, of class scores against classes; else None
 
 
 class Gap(list[LayerGap]):
@@ -73,15 +66,10 @@ def gap(
     a loss, what a gap costs is measured in evaluation: one pass over the batches with the model as it is, and one per layer with
     that layer alone recalibrated. The model is not changed; ``.recalibrate(beyond)`` of the result does so.
 
-    Args:
-        model: with batch normalizations that keep running statistics.
-        batches: as ``recalibrate`` takes them; with a loss, pairs of input and target, to be walked several times.
-        loss: ``loss(output, target)``, a mean over the batch. Default: None, costs are not measured.
-        limit: batches to take for the statistics; None for all. Default: 200.
-        forward: ``forward(model, batch)``, as for ``recalibrate``. Default: None.
+    ``batches``, ``limit`` and ``forward`` are those of ``recalibrate``; with a ``loss(output, target)``, a mean over the batch,
+    the batches are pairs, to be walked several times.
 
-    Returns:
-        A row per layer, in the order of the modules, with what evaluation gives now.
+    Returns a row per layer, in the order of the modules, with what evaluation gives now.
 
     Raises:
         SurgeryError: the model has no such layer, there are no batches, or a layer is never called.

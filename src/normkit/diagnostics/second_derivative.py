@@ -1,11 +1,9 @@
 """The second derivative of a loss by a model's parameters, as products with vectors.
 
-Reference:
-    Pearlmutter, "Fast Exact Multiplication by the Hessian" (1994), https://doi.org/10.1162/neco.1994.6.1.147; Schraudolph, "Fast
-    Curvature Matrix-Vector Products for Second-Order Gradient Descent" (2002), https://doi.org/10.1162/08997660260028683.
+Reference: Pearlmutter, "Fast Exact Multiplication by the Hessian" (1994), https://doi.org/10.1162/neco.1994.6.1.147;
+Schraudolph, "Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent" (2002),
+https://doi.org/10.1162/08997660260028683.
 """
-
-from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from normkit.core.errors import OptionError
+from normkit.core.errors import OptionError, check_options
 from normkit.diagnostics.subject import refuse_lazy, refuse_reentrant
 from normkit.surgery.bake import bake
 from normkit.surgery.watch import forked, run_on
@@ -26,18 +24,13 @@ Batches = Iterable[tuple[Any, Any]]
 
 
 class Options(TypedDict, total=False):
-    """What every function here takes.
+    """What every function here takes."""
 
-    Attributes:
-        matrix: ``"hessian"`` or ``"ggn"``. Default: "hessian".
-        by: ``"raw"`` or ``"effective"`` parameters. Default: "raw".
-        dtype: of the computation. Default: the parameters', float32 for half types; of whole matrices float64.
-        progress: called as ``progress(done, total)`` after each product with a vector. Default: None.
-    """
-
-    matrix: Literal["hessian", "ggn"]
-    by: Literal["raw", "effective"]
+    matrix: Literal["hessian", "ggn"]  # ``"hessian"`` or ``"ggn"``. Default: "hessian".
+    by: Literal["raw", "effective"]  # ``"raw"`` or ``"effective"`` parameters. Default: "raw".
+    # Of the computation. Default: the parameters', float32 for half types; of whole matrices float64.
     dtype: torch.dtype | None
+    # Called as ``progress(done, total)`` after each product with a vector. Default: None.
     progress: Callable[[int, int], object] | None
 
 
@@ -48,10 +41,7 @@ class Curvature:
         self, who: str, model: nn.Module, loss: Loss, batches: Batches, total: int, **options: Unpack[Options]
     ) -> None:
         matrix, by = options.get("matrix", "hessian"), options.get("by", "raw")
-        if matrix not in ("hessian", "ggn") or by not in ("raw", "effective"):
-            raise OptionError(
-                f"{who}: matrix={matrix!r}, by={by!r}; wanted 'hessian' or 'ggn', and 'raw' or 'effective'"
-            )
+        check_options(who, matrix=(matrix, ("hessian", "ggn")), by=(by, ("raw", "effective")))
         refuse_lazy(model, who)
         if isinstance(batches, Iterator):
             raise OptionError(f"{who}: the batches can be walked only once; give a list of them, or a loader")
@@ -89,9 +79,7 @@ class Curvature:
         for share, output, loss in self._passes():
             whole += share * self._second(output, loss, vectors)
         if not whole.isfinite().all():
-            raise OptionError(
-                f"{self.who}: the loss or a derivative of it is not finite; look at the loss on each batch"
-            )
+            raise OptionError(f"{self.who}: the loss or a derivative is not finite; look at the loss on each batch")
         self._done += 1
         if self.progress is not None:
             self.progress(self._done, self.total)

@@ -1,7 +1,5 @@
 """What a measurement is taken of: a model whose layers have sizes, its modules, and the target of a batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
@@ -66,6 +64,4 @@ def is_reentrant(loss: Tensor) -> bool:
 def refuse_reentrant(loss: Tensor, who: str) -> None:
     """Refuse a loss behind reentrant checkpointing."""
     if is_reentrant(loss):
-        raise OptionError(
-            f"{who}: reentrant activation checkpointing hides the parameters in it; checkpoint with use_reentrant=False"
-        )
+        raise OptionError(f"{who}: reentrant activation checkpointing hides parameters; give it use_reentrant=False")

@@ -10,11 +10,11 @@ import torch
 from normkit.core.errors import BackendError, OptionError, ShapeError
 from normkit.core.moments import accumulation_dtype
 from normkit.core.support import Split, per_shape, place, show
-from normkit.engine import aten, closed_form, native, nested, operator, reference
+from normkit.engine import aten, bare, closed_form, native, nested, operator, reference
 from normkit.engine.call import Call, Output
 from normkit.engine.eager import traced, watched
 from normkit.engine.library import why_not
-from normkit.engine.prepared import prepare
+from normkit.engine.prepared import Prepared, prepare
 
 _WHAT = {
     "reference": "the definition in plain PyTorch",
@@ -133,7 +133,8 @@ def _native(call: Call, split: Split) -> Callable[[Call], Output] | str:
         # Preparing is the test: whatever it refuses has no kernel, and whatever it returns is what runs.
         ready = prepare(call.rule, call.x, split, call.weight, call.bias, call.activation, call.running, not call.own)
         if isinstance(ready, str):
-            return ready
+            simpler = bare.prepare_bare(call, split)
+            return partial(bare.perform, simpler) if isinstance(simpler, Prepared) else ready
         return partial(native.perform if call.own else native.perform_by, ready)
     # In a compiled graph alone the kernels are operators; statistics that are given or returned stay with the definition there.
     if not torch.compiler.is_compiling() or not call.own or call.wants_moments or closed_form.refusal(call, split):
@@ -145,7 +146,8 @@ def _reason(name: str, found: dict[str, Callable[[Call], Output] | str]) -> str:
     if name == "native":
         perform = found[name]
         assert isinstance(perform, partial)
-        return _LOOPS[perform.args[0].nest.kind]
+        after = "; torch's operators apply the weight and the bias" if perform.func is bare.perform else ""
+        return _LOOPS[perform.args[0].nest.kind] + after
     if name == "aten":
         return "torch has a fused kernel for these axes and this statistic"
     if name == "closed":

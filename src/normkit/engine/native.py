@@ -51,12 +51,14 @@ def measure(ready: Prepared, x: Tensor) -> Moments:
     return ready.moments(values)
 
 
-def quick(perform: Any, call: Call) -> Callable[..., Tensor] | None:
+def quick(chosen: Any, call: Call) -> Callable[..., Tensor] | None:
     """Return the shortest path for calls like this one: a function of input, weight, bias and any given mean and variance.
 
-    None where the moments are wanted, as for running statistics, or tensors must be copied first.
+    None where the moments are wanted, as for running statistics, tensors must be copied first, or operators follow the kernel.
     """
-    (ready,) = perform.args
+    (ready,) = chosen.args
+    if chosen.func not in (perform, perform_by):
+        return None
     # A parameter that is not contiguous needs a copy at each call, which the full path makes.
     packed = all(p is None or p.is_contiguous() for p in (call.weight, call.bias))
     if ready.source is not None or not packed or call.wants_moments:

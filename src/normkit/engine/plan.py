@@ -118,7 +118,7 @@ def plan(split: Split, strides: Sequence[int], compensation: Affine | None) -> N
         return "its parameters vary along axes that are not adjacent in memory"
     mid, inner = [_ONE, _ONE, *near][-2:]
     (one_far,), (one_kept,) = far or [_ONE], kept or [_ONE]
-    if inner.step > 1 or mid.step > (inner.step == 0) or (one_far.step and (inner.size > 1 or one_kept.step)):
+    if inner.step > 1 or mid.step > (inner.step == 0):
         return "its parameters are ordered differently from the input's memory"
     if far and not near and one_kept.step > 1:
         return "its parameters are ordered differently from the input's memory"

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.errors import OptionError, ShapeError, check_options
 from normkit.core.moments import accumulation_dtype
 
@@ -31,13 +31,12 @@ class GradNorm(nn.Module):
     sign(G_i - t_i) ||dL_i/dW|| exactly, and needs no second derivative: ``path="exact"``. ``path="autograd"`` differentiates
     the norms instead, and agrees.
 
-    The step ``"additive"``, as published, follows the slopes: w_i <- w_i - rate slope_i. Its length scales with the gradients,
-    and it oscillates where one loss is a hundred times another; then use ``"multiplicative"``, which descends the same distance,
-    relative to the mean norm, in log w_i: w_i <- w_i exp(-rate w_i slope_i / mean_j(G_j)). It is scale-free, and weights stay
-    above 0.
+    The step ``"additive"``, as published, follows the slopes: w_i <- w_i - rate slope_i. It oscillates where one loss is a
+    hundred times another; then use ``"multiplicative"``, which descends the same distance, relative to the mean norm, in log
+    w_i: w_i <- w_i exp(-rate w_i slope_i / mean_j(G_j)). It is scale-free, and weights stay above 0.
 
     Call it on the losses instead of adding them; it returns the sum to differentiate, with the weights before the step, and in
-    training steps the weights. Weights are buffers: an optimizer of the model does not touch them.
+    training steps the weights, which are buffers that an optimizer does not touch.
 
     A task whose first loss is 0 counts as keeping pace until its loss is above 0, which then counts as its first. A step in
     which a loss or a norm is not finite leaves the weights unchanged.
@@ -50,16 +49,13 @@ class GradNorm(nn.Module):
         minimum: smallest weight, before they are scaled. Default: 1e-6.
         path: ``"exact"`` or ``"autograd"``. Default: ``"exact"``.
 
-    Shape:
-        (tasks,) or a sequence of scalars; the output is a scalar.
+    Shape: (tasks,) or a sequence of scalars; the output is a scalar.
 
     Raises:
         OptionError: an option outside its range, or a first loss that is negative.
         ShapeError: another number of losses.
 
-    Reference:
-        Chen, Badrinarayanan, Lee, Rabinovich, "GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep Multitask
-        Networks" (2018), https://arxiv.org/abs/1711.02257.
+    Reference: Chen, Badrinarayanan, Lee, Rabinovich, "GradNorm" (2018), https://arxiv.org/abs/1711.02257.
 
     >>> shared = nn.Parameter(torch.ones(1))
     >>> balance = GradNorm(2, alpha=0.0, rate=0.1, step="additive")
@@ -101,13 +97,12 @@ class GradNorm(nn.Module):
             losses: one scalar per task, each computed through the shared parameters.
             shared: the parameters at which gradients are compared: the last layer that all tasks share.
 
-        Returns:
-            The sum, on which to call ``backward``; its weights are constants.
+        Returns the sum, on which to call ``backward``; its weights are constants.
         """
         stacked = losses if isinstance(losses, Tensor) else torch.stack(list(losses))
         if stacked.shape != self.weights.shape:
             raise ShapeError(
-                f"GradNorm: losses of shape {tuple(stacked.shape)}, wanted one scalar for each of {len(self.weights)} tasks"
+                f"GradNorm: losses of {tuple(stacked.shape)}, wanted a scalar for each of {len(self.weights)} tasks"
             )
         total = (self.weights.to(stacked.dtype) * stacked).sum()
         if self.training and torch.is_grad_enabled():
@@ -158,16 +153,8 @@ def grad_norm(
 ) -> Balance:
     """Compute gradient norms, their targets, and the slope of sum_i |G_i - t_i| for each weight; see GradNorm.
 
-    Args:
-        losses: one scalar per task.
-        shared: the parameters at which gradients are compared.
-        weights: weights of the tasks.
-        initial: the first losses; a task with 0 counts as keeping pace.
-        alpha: restoring force.
-        path: ``"exact"`` or ``"autograd"``.
-
-    Returns:
-        Norms, targets and slopes, one per task, detached; the losses can still be differentiated.
+    Of one scalar loss per task at the ``shared`` parameters, with the tasks' ``weights`` and ``initial`` losses; ``alpha`` and
+    ``path`` are those of GradNorm. All is detached; the losses can still be differentiated.
 
     Raises:
         OptionError: a loss does not depend on any shared parameter that requires a gradient.
@@ -180,7 +167,11 @@ def grad_norm(
     scalars = list(losses.unbind() if isinstance(losses, Tensor) else losses)
     dtype = accumulation_dtype(scalars[0].dtype)
     weights, losses = weights.detach().to(dtype), torch.stack(scalars).detach().to(dtype)
-    pace = _pace(losses, initial.to(dtype)) ** alpha
+    initial = initial.to(dtype)
+    known = initial > 0  # where not, the rate at which a task lags behind is 1
+    ratio = (losses / torch.where(known, initial, 1.0)).clamp_min(0)
+    mean = torch.where(known, ratio, 0.0).sum() / known.sum().clamp_min(1)
+    pace = torch.where(known & (mean > 0), ratio / torch.where(mean > 0, mean, 1.0), 1.0) ** alpha
     if path == "exact":
         bare = torch.stack([_norm(loss, parameters, dtype) for loss in scalars])
         norms = weights * bare
@@ -213,25 +204,12 @@ def _norm(loss: Tensor, parameters: list[Tensor], dtype: torch.dtype, create_gra
     return torch.linalg.vector_norm(torch.cat(parts))
 
 
-def _pace(losses: Tensor, initial: Tensor) -> Tensor:
-    """The rate r at which each task lags behind; 1 where it is not known."""
-    known = initial > 0
-    ratio = (losses / torch.where(known, initial, 1.0)).clamp_min(0)
-    mean = torch.where(known, ratio, 0.0).sum() / known.sum().clamp_min(1)
-    return torch.where(known & (mean > 0), ratio / torch.where(mean > 0, mean, 1.0), 1.0)
-
-
 CARD = Card(
     title="GradNorm",
     kind="gradient",
     normalized_over="each task's gradient at the last shared layer",
     formula="minimize sum_i |G_i - mean(G) r_i^alpha| by w, where G_i = ||d(w_i L_i)/dW|| and sum_i w_i = tasks",
-    paper=Paper(
-        "Chen, Zhao and Badrinarayanan, Vijay and Lee, Chen-Yu and Rabinovich, Andrew",
-        "GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep Multitask Networks",
-        2018,
-        "https://arxiv.org/abs/1711.02257",
-    ),
+    paper=paper("chen2018gradnorm"),
     use_cases="multi-task networks whose losses differ in scale and pace",
     strengths="one number alpha instead of a search over the weights of all losses",
     weaknesses="one backward pass to the shared layer per task; noisy for few samples per batch",

@@ -1,7 +1,5 @@
 """Muon and its relatives: step a matrix along its orthogonalized momentum, equilibrated before or normalized after."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
@@ -10,9 +8,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.errors import OptionError, check_options
-from normkit.gradients.adaptive_clipping import last_linear
+from normkit.gradients.gradient_normalizer import last_linear
 from normkit.weights.layout import WeightLayout, raw_parameters
 from normkit.weights.weight_conditioning import equilibrate
 
@@ -53,11 +51,11 @@ class Muon(Optimizer):
     Raises:
         OptionError: an argument outside its range, or a parameter with fewer than two axes among the matrices.
 
-    Reference:
-        Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024), https://kellerjordan.github.io/posts/muon;
-        Chang, Shi, Zhang et al., "MuonEq: Balancing Before Orthogonalization with Lightweight Equilibration" (2026),
-        https://arxiv.org/abs/2603.28254; Li, Liu, Liang, Chen, Zhao, "NorMuon" (2025), https://arxiv.org/abs/2510.05491; Zhang et
-        al., "Muon+" (2026), https://arxiv.org/abs/2602.21545. The formulas follow abstracts and restatements.
+    Reference: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024),
+    https://kellerjordan.github.io/posts/muon; Chang, Shi, Zhang et al., "MuonEq: Balancing Before Orthogonalization
+    with Lightweight Equilibration" (2026), https://arxiv.org/abs/2603.28254; Li, Liu, Liang, Chen, Zhao, "NorMuon"
+    (2025), https://arxiv.org/abs/2510.05491; Zhang et al., "Muon+" (2026), https://arxiv.org/abs/2602.21545. The
+    formulas follow abstracts and restatements.
 
     >>> layer = nn.Linear(2, 2, bias=False)
     >>> _ = nn.init.zeros_(layer.weight)
@@ -82,22 +80,16 @@ class Muon(Optimizer):
         eps: float = 1e-8,
     ) -> None:
         if not (lr >= 0 and weight_decay >= 0 and eps > 0):
-            raise OptionError(
-                f"Muon: lr={lr}, weight_decay={weight_decay}, eps={eps}; wanted lr and decay from 0, eps above 0"
-            )
+            raise OptionError(f"Muon: lr={lr}, weight_decay={weight_decay}, eps={eps}; wanted from 0, and eps above 0")
         for name, value in (("momentum", momentum), ("second_moment", second_moment or 0.0), ("betas", max(betas))):
             if not 0 <= value < 1:
                 raise OptionError(f"Muon: {name}={value}; wanted a number from 0 to below 1")
         check_options("Muon", equilibrate=(equilibrate, (None, *get_args(Sides))))
         check_options("Muon", renormalize=(renormalize, (None, "row", "col")))
-        options = {
-            "momentum": momentum,
-            "equilibrate": equilibrate,
-            "second_moment": second_moment,
-            "renormalize": renormalize,
-        }
+        options = {"momentum": momentum, "equilibrate": equilibrate}
         groups = matrix_groups(params) if isinstance(params, nn.Module) else params
         shared = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        shared |= {"second_moment": second_moment, "renormalize": renormalize}
         super().__init__(groups, {"matrices": False, "output_axis": 0, "groups": 1, **shared, **options})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -106,9 +98,7 @@ class Muon(Optimizer):
         group = self.param_groups[-1]
         thin = [tuple(p.shape) for p in group["params"] if p.dim() < 2]
         if group["matrices"] and thin:
-            raise OptionError(
-                f"Muon: a parameter of shape {thin[0]} among the matrices; put it into a group without 'matrices'"
-            )
+            raise OptionError(f"Muon: a parameter of shape {thin[0]} among the matrices; put it into another group")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -231,12 +221,7 @@ CARD = Card(
     kind="gradient",
     normalized_over="the rows, columns or both of each matrix's momentum, before it is orthogonalized",
     formula="W <- W - lr * 0.2 sqrt(max(m, n)) * UV',  U S V' = D_r^(-1/2) b D_c^(-1/2)",
-    paper=Paper(
-        "Chang, Da and Shi, Qiankun and Zhang, Lvgang",
-        "MuonEq: Balancing Before Orthogonalization with Lightweight Equilibration",
-        2026,
-        "https://arxiv.org/abs/2603.28254",
-    ),
+    paper=paper("chang2026muoneq"),
     use_cases="hidden weights of transformers, instead of AdamW",
     strengths="the diagonal of weight conditioning on the update: a better start for the Newton-Schulz steps",
     weaknesses="matrix products at every step; embeddings, head, gains and biases still need AdamW",

@@ -135,11 +135,7 @@ def default_output(settings: Settings) -> Path:
 
 
 def command(settings: Settings, *site: Any) -> str:
-    """Writes the command line that makes this comparison.
-
-    >>> command(Settings(seeds=(0, 1)), Site(threads=2))
-    'normkit compare --seeds 2 --threads 2'
-    """
+    """Writes the command line that makes this comparison."""
     rest = {"output": default_output(settings), "rates": RATES[settings.optimizer]}
     return shlex.join(option.command("normkit", "compare", of=(settings, *site), **rest))
 

@@ -8,8 +8,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from normkit.core.errors import SurgeryError
 from normkit.lab.say import counted
-from normkit.surgery.applicable import why_not
 from normkit.surgery.norms import is_norm, read_norm
+from normkit.surgery.recipe import why_not
 
 # Each kind of norm that stands in for another of the same reach: over features alone.
 OTHERS = {"layer_norm": "rms", "rms_norm": "ln"}

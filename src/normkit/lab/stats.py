@@ -76,8 +76,7 @@ def paired_interval(differences: Sequence[float], level: float = 0.95) -> Interv
 
     It takes differences for normal and independent over seeds. One difference has no interval.
 
-    Reference:
-        Student 1908, The probable error of a mean, https://doi.org/10.1093/biomet/6.1.1
+    Reference: Student 1908, The probable error of a mean, https://doi.org/10.1093/biomet/6.1.1
 
     >>> found = paired_interval([1.0, 2.0, 3.0])
     >>> round(found.low, 4), found.mean, round(found.high, 4)
@@ -159,8 +158,7 @@ def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
     None where there are too few values: fewer than 6.
 
-    Reference:
-        Thompson 1936, On confidence ranges for the median, https://doi.org/10.1214/aoms/1177732502
+    Reference: Thompson 1936, On confidence ranges for the median, https://doi.org/10.1214/aoms/1177732502
 
     >>> median_interval([5.0, 1.0, 4.0, 2.0, 3.0, 6.0])
     (1.0, 6.0)
@@ -185,8 +183,7 @@ def over_seeds_and_samples(gains: np.ndarray, sizes: np.ndarray) -> Spread | Non
     score of the recipe less what it adds to the baseline's; a score is a sum over samples divided by the sum of `sizes`
     ``(samples,)``.
 
-    Reference:
-        Owen 2007, The pigeonhole bootstrap, https://doi.org/10.1214/07-AOAS122
+    Reference: Owen 2007, The pigeonhole bootstrap, https://doi.org/10.1214/07-AOAS122
     """
     seeds, samples = gains.shape
     if seeds < 2:
@@ -205,8 +202,7 @@ def holm(chances: Mapping[str, float | None]) -> dict[str, float]:
 
         p'_(i) = max over j <= i of min(1, (m - j + 1) p_(j)),   p_(1) <= ... <= p_(m)
 
-    Reference:
-        Holm 1979, A simple sequentially rejective multiple test procedure, https://www.jstor.org/stable/4615733
+    Reference: Holm 1979, A simple sequentially rejective multiple test procedure, https://www.jstor.org/stable/4615733
 
     >>> holm({"ln": 0.01, "gn": 0.04, "in": 0.03, "none": None})
     {'ln': 0.03, 'in': 0.06, 'gn': 0.06}

@@ -226,12 +226,7 @@ def finished(function: Function, job: Job, place: Path) -> dict[str, Any] | None
 
 
 def plain(value: Any) -> Any:
-    """Makes what JSON can hold: tensors and arrays become lists, tuples lists, infinity and NaN None.
-
-    >>> import torch
-    >>> plain({"a": torch.ones(2), "b": (1, float("nan"))})
-    {'a': [1.0, 1.0], 'b': [1, None]}
-    """
+    """Makes what JSON can hold: tensors and arrays become lists, tuples lists, infinity and NaN None."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -38,13 +38,7 @@ def predictions(output: Any, name: str = "model") -> Tensor:
 
 
 def loss(output: Any, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Averages the cross-entropy over targets that are not ignored, the binary one over booleans, the squared error over floats.
-
-    >>> loss(torch.zeros(2, 4), torch.tensor([1, 3]))
-    tensor(1.3863)
-    >>> loss(torch.zeros(2, 1), torch.tensor([[True], [False]]))
-    tensor(0.6931)
-    """
+    """Averages cross-entropy over targets that are not ignored, binary cross-entropy over booleans, squared error over floats."""
     predicted = predictions(output).float()
     if targets.dtype == torch.bool:
         wanted = targets * (1 - smoothing) + smoothing / 2
@@ -58,11 +52,7 @@ def loss(output: Any, targets: Tensor, smoothing: float = 0.0) -> Tensor:
 
 
 def weight(targets: Tensor) -> Tensor:
-    """Counts the targets over which :func:`loss` averages; 0 for a batch of padding alone.
-
-    >>> weight(torch.tensor([[1, -100], [2, 3]]))
-    tensor(3)
-    """
+    """Counts the targets over which :func:`loss` averages; 0 for a batch of padding alone."""
     if targets.is_floating_point() or targets.dtype == torch.bool:
         return torch.tensor(targets.numel(), device=targets.device)
     return (targets != IGNORED).sum()
@@ -72,9 +62,6 @@ def tally(output: Any, targets: Tensor) -> Tensor:
     """Counts a batch: summed loss, summed right answers (or squared error), number of targets, right among five; float64.
 
     The last is 0 where there are no more than five classes, or a class per token.
-
-    >>> tally(torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1]))[1:]
-    tensor([1., 2., 0.], dtype=torch.float64)
     """
     total = marks(output, targets).sum()
     if targets.is_floating_point():
@@ -87,11 +74,7 @@ def tally(output: Any, targets: Tensor) -> Tensor:
 
 
 def marks(output: Any, targets: Tensor) -> Tensor:
-    """Gives what each sample of a batch adds to the score: its right answers, or its squared error; ``(n,)``, float64.
-
-    >>> marks(torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1]))
-    tensor([1., 0.], dtype=torch.float64)
-    """
+    """Gives what each sample of a batch adds to the score: its right answers, or its squared error; ``(n,)``, float64."""
     predicted = predictions(output)
     if targets.is_floating_point():
         found = (predicted.double().reshape(targets.shape) - targets.double()).square()
@@ -103,11 +86,7 @@ def marks(output: Any, targets: Tensor) -> Tensor:
 
 
 def sizes(targets: Tensor) -> Tensor:
-    """Gives what each sample adds to that by which a score divides: its targets, or their squared distance from the mean.
-
-    >>> sizes(torch.tensor([[1, -100], [2, 3]])), sizes(torch.tensor([1.0, 3.0]))
-    (tensor([1., 2.], dtype=torch.float64), tensor([1., 1.], dtype=torch.float64))
-    """
+    """Gives what each sample adds to that by which a score divides: its targets, or their squared distance from the mean."""
     if targets.is_floating_point():
         found = (targets.double() - targets.double().mean(0)).square()
     else:

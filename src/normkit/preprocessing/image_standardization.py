@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.errors import OptionError, ProtocolError, ShapeError
 from normkit.core.support import Support
 from normkit.preprocessing.fitting import Scaling, deviation, like
@@ -40,16 +40,13 @@ class ImageStandardization(Scaling):
         maximum: the largest pixel value. Default: 255 for uint8, else 1.
         dtype: dtype of the statistics. Default: float64.
 
-    Shape:
-        The layout's axes; the output has the same shape; uint8 becomes torch's default dtype.
+    Shape: The layout's axes; the output has the same shape; uint8 becomes torch's default dtype.
 
     Raises:
         OptionError: an unknown name or layout, or invalid numbers.
         ProtocolError: ``partial_fit`` after given constants, whose number of pixels is not known.
 
-    Reference:
-        Krizhevsky, Sutskever, Hinton, "ImageNet Classification with Deep Convolutional Neural Networks" (2012),
-        https://doi.org/10.1145/3065386, section 2.
+    Reference: Krizhevsky, Sutskever, Hinton (2012), https://doi.org/10.1145/3065386, section 2.
 
     >>> white = torch.full((1, 1, 1, 1), 255, dtype=torch.uint8)
     >>> ImageStandardization("mnist")(white)
@@ -71,9 +68,7 @@ class ImageStandardization(Scaling):
         dtype: torch.dtype | None = None,
     ) -> None:
         if layout not in _SUPPORTS:
-            raise OptionError(
-                f"ImageStandardization: layout={layout!r}; wanted one of {', '.join(map(repr, _SUPPORTS))}"
-            )
+            raise OptionError(f"ImageStandardization: layout={layout!r}; wanted {', '.join(map(repr, _SUPPORTS))}")
         if maximum is not None and not maximum > 0:
             raise OptionError(f"ImageStandardization: maximum={maximum}; wanted a number above 0, such as 255, or None")
         super().__init__(_SUPPORTS[layout], device=device, dtype=dtype)
@@ -141,7 +136,7 @@ def _constants(statistics: str | Constants) -> tuple[list[float], list[float]]:
         ) from None
     if len(mean) != len(std) or not mean:
         raise ShapeError(
-            f"ImageStandardization: {len(mean)} means and {len(std)} deviations; wanted equally many, one per channel"
+            f"ImageStandardization: {len(mean)} means and {len(std)} deviations; wanted one of each per channel"
         )
     if not all(value > 0 for value in std):
         raise OptionError(f"ImageStandardization: deviations {std}; wanted numbers above 0")
@@ -153,12 +148,7 @@ CARD = Card(
     kind="input",
     normalized_over="each channel, over the images and positions of a data set",
     formula="y = (x / maximum - mean_c) / std_c",
-    paper=Paper(
-        "Krizhevsky, Alex and Sutskever, Ilya and Hinton, Geoffrey E.",
-        "ImageNet Classification with Deep Convolutional Neural Networks",
-        2012,
-        "https://doi.org/10.1145/3065386",
-    ),
+    paper=paper("krizhevsky2012imagenet"),
     use_cases="image classifiers; all that was pretrained on ImageNet",
     strengths="shared constants, to which pretrained weights are adapted",
     weaknesses="the constants of another data set do not standardize yours",

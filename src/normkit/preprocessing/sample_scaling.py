@@ -7,7 +7,7 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.errors import OptionError, ProtocolError, check_options
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype, moments
@@ -56,14 +56,12 @@ class UnitLength(_PerSample):
         order: order p of the norm: 1, 2 or infinity. Default: 2.
         support: what is one sample. Default: ``Support("n *", over="*")``; ``Support("* d", over="d")`` for each token.
 
-    Shape:
-        The support's axes; the output has the same shape.
+    Shape: The support's axes; the output has the same shape.
 
     Raises:
         OptionError: an unknown order.
 
-    Reference:
-        Salton, Wong, Yang, "A Vector Space Model for Automatic Indexing" (1975), https://doi.org/10.1145/361219.361220.
+    Reference: Salton, Wong, Yang (1975), https://doi.org/10.1145/361219.361220.
 
     >>> UnitLength()(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
     tensor([[0.6000, 0.8000],
@@ -102,14 +100,12 @@ class GlobalContrast(_PerSample):
         eps: smallest divisor. Default: 1e-8.
         support: what is one image. Default: ``Support("n *", over="*")``.
 
-    Shape:
-        The support's axes; the output has the same shape.
+    Shape: The support's axes; the output has the same shape.
 
     Raises:
         OptionError: a negative regularizer, or an eps that is not above 0.
 
-    Reference:
-        Goodfellow, Bengio, Courville, "Deep Learning" (2016), https://www.deeplearningbook.org, section 12.2.1.1.
+    Reference: Goodfellow, Bengio, Courville (2016), https://www.deeplearningbook.org, section 12.2.1.1.
 
     >>> GlobalContrast()(torch.tensor([[1.0, 3.0], [5.0, 5.0]]))
     tensor([[-1.,  1.],
@@ -125,7 +121,7 @@ class GlobalContrast(_PerSample):
         super().__init__()
         if not regularizer >= 0 or not eps > 0:
             raise OptionError(
-                f"GlobalContrast: regularizer={regularizer}, eps={eps}; wanted a regularizer from 0 and an eps above 0"
+                f"GlobalContrast: regularizer={regularizer}, eps={eps}; wanted numbers from 0, and above 0"
             )
         self.scale, self.regularizer, self.eps, self.support = scale, regularizer, eps, support
 
@@ -168,12 +164,7 @@ CARD_UNIT_LENGTH = Card(
     kind="input",
     normalized_over="each sample, over its features",
     formula="y = x / ||x||_p",
-    paper=Paper(
-        "Salton, Gerard and Wong, Anita and Yang, Chung-Shu",
-        "A Vector Space Model for Automatic Indexing",
-        1975,
-        "https://doi.org/10.1145/361219.361220",
-    ),
+    paper=paper("salton1975a"),
     use_cases="text vectors, embeddings, spectra: where direction carries the meaning",
     strengths="nothing to fit; the product of two samples is the cosine of their angle",
     weaknesses="the length is lost; the scales of features remain",
@@ -188,12 +179,7 @@ CARD_GLOBAL_CONTRAST = Card(
     kind="input",
     normalized_over="each image, over its channels and positions",
     formula="y = scale * (x - E[x]) / max(eps, sqrt(regularizer + Var[x]))",
-    paper=Paper(
-        "Goodfellow, Ian and Bengio, Yoshua and Courville, Aaron",
-        "Deep Learning",
-        2016,
-        "https://www.deeplearningbook.org",
-    ),
+    paper=paper("goodfellow2016deep"),
     use_cases="natural images under changing light, before whitening",
     strengths="nothing to fit; removes the brightness and contrast of a photograph",
     weaknesses="amplifies noise in nearly constant images unless regularized; brightness and contrast are lost",

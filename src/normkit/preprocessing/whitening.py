@@ -6,10 +6,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.errors import OptionError, check_options
-from normkit.core.moments import accumulation_dtype, moments
-from normkit.core.precision import full_precision
+from normkit.core.moments import accumulation_dtype, full_precision, moments
 from normkit.core.support import Split, Support
 from normkit.preprocessing.fitting import Fitted, like, wide
 
@@ -36,16 +35,15 @@ class Whitening(Fitted):
             ``Support("n c *", over="n *")`` whitens channels.
         dtype: dtype of the statistics. Default: float64.
 
-    Shape:
-        The support's axes; the output has the same shape; with PCA the feature axis has as many entries as there are directions.
+    Shape: The support's axes; the output has the same shape; with PCA the feature axis has as many entries as there are
+    directions.
 
     Raises:
         OptionError: unknown or incompatible options; a support that does not keep exactly one axis.
 
-    Reference:
-        LeCun, Bottou, Orr, Müller, "Efficient BackProp" (1998), https://doi.org/10.1007/3-540-49430-8_2, section 4.3; ZCA: Bell
-        and Sejnowski, "The independent components of natural scenes are edge filters" (1997),
-        https://doi.org/10.1016/S0042-6989(97)00121-1.
+    Reference: LeCun, Bottou, Orr, Müller, "Efficient BackProp" (1998), https://doi.org/10.1007/3-540-49430-8_2, section
+    4.3; ZCA: Bell and Sejnowski, "The independent components of natural scenes are edge filters" (1997),
+    https://doi.org/10.1016/S0042-6989(97)00121-1.
 
     >>> x = torch.tensor([[1.0, 1.0], [3.0, 1.0], [1.0, 5.0], [3.0, 5.0]])
     >>> Whitening("pca", eps=0.0).fit(x)(x)
@@ -79,7 +77,7 @@ class Whitening(Fitted):
             raise OptionError("Whitening: zca without equalize rotates back and changes nothing; use method='pca'")
         if not eps >= 0 or not 0 <= rank_tolerance < 1:
             raise OptionError(
-                f"Whitening: eps={eps}, rank_tolerance={rank_tolerance}; wanted eps from 0 and a tolerance from 0 to below 1"
+                f"Whitening: eps={eps}, rank_tolerance={rank_tolerance}; wanted numbers from 0, and below 1"
             )
         if components is not None and components < 1:
             raise OptionError(f"Whitening: components={components}; wanted a whole number from 1, or None")
@@ -174,12 +172,7 @@ CARD = Card(
     kind="input",
     normalized_over="all features together, over the training data",
     formula="z = U (Lambda + eps)^(-1/2) U^T (x - E[x]), with Cov[x] = U Lambda U^T",
-    paper=Paper(
-        "LeCun, Yann and Bottou, Léon and Orr, Genevieve B. and Müller, Klaus-Robert",
-        "Efficient BackProp",
-        1998,
-        "https://doi.org/10.1007/3-540-49430-8_2",
-    ),
+    paper=paper("lecun1998efficient"),
     use_cases="correlated inputs of up to a few thousand features; linear models; image patches",
     strengths="the loss of a linear layer becomes equally curved in all directions: condition number 1",
     weaknesses="cubic in the features; needs more samples than features; amplifies noise in directions of little variance",

@@ -1,7 +1,5 @@
 """Give a model's norms to normkit's own layers of the same kind: the same function, on faster kernels."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -34,36 +32,21 @@ def accelerate(
 ) -> Changes:
     """Put normkit's layer in the place of every norm that computes what it does, in place; the model computes what it did.
 
-    A norm of torch.nn is known by its class. Any other - a subclass, with an activation behind the norm or not, or a class of its
-    own with "norm" in its name - is known by what it computes: with random parameters, on random inputs, in float64 and, for the
-    order in which it rounds, in bfloat16. So the RMSNorms and LayerNorms of language models are taken over with their 1 + weight
-    and their rounding, norms over the channels of images with their axis, classes of a norm with an activation behind
-    it with a fused ReLU, SiLU or GELU, Cohere's with a weight per head, and gated ones, as in Mamba-2, with their order.
+    A norm of torch.nn is known by its class. Any other - a subclass, or a class of its own with "norm" in its name - is known by
+    what it computes: with random parameters, on random inputs, in float64 and, for the order in which it rounds, in bfloat16. So
+    the norms of language models are taken over with their 1 + weight and their rounding, norms over the channels of images with
+    their axis, an activation behind the norm fused, weights per head, and gated norms, as in Mamba-2, with their order.
 
     Parameters and buffers are the very same objects (but for running statistics of a half type, which become float32), so an
-    optimizer goes on, and the state_dict has the same keys. What is kept too: dtype, device, training flag, hooks, public
-    attributes that the user set (``qconfig``), and that one module stands in several places. Attributes of a class of its own
-    that the layer here lacks (``variance_epsilon``) are gone, and the row says so.
+    optimizer goes on, and the state_dict has the same keys. Kept too are dtype, device, training flag, hooks, what the user set
+    (``qconfig``), and that one module stands in several places. The row says which attributes of a class of its own are gone.
 
-    Code that looks for torch's classes, as to freeze batch norms, still finds ``nn.LayerNorm``, ``nn.GroupNorm``, ``nn.RMSNorm``;
-    but not ``nn.BatchNorm2d``, ``nn.InstanceNorm2d`` and their like, whose place one class for every rank takes, and the row says
-    so. Look for ``nn.modules.batchnorm._BatchNorm`` or ``nn.modules.instancenorm._InstanceNorm`` instead.
+    ``isinstance`` still finds ``nn.LayerNorm``, ``nn.GroupNorm`` and ``nn.RMSNorm``; in the place of ``nn.BatchNorm2d``,
+    ``nn.InstanceNorm2d`` and their like stands one class for every rank: look for ``nn.modules.batchnorm._BatchNorm`` or
+    ``nn.modules.instancenorm._InstanceNorm`` instead, as the row says.
 
-    Args:
-        model: any module.
-        where: which norms, as in ``select``, by their names. Default: all.
-        example: an input on which the model is run before and after, without effect on it; a norm that is not called, or whose
-            parameters are read from outside it, is passed over. Default: None.
-        on_refusal: ``"leave"`` passes over what can't be taken over, ``"raise"`` refuses the whole. Default: ``"leave"``.
-        optimizer: of the model's parameters; none is replaced here, so that it goes on by itself. Default: None.
-
-    Returns:
-        The model (a new one only where the model itself is a norm), a row per norm, the norms that were passed over with the
-        reason, and the way back.
-
-    Raises:
-        NotationError: ``where`` can't be read.
-        SurgeryError: the changed model does not run on the example, or a norm is refused; the model is left as it was.
+    ``where``, ``example``, ``on_refusal`` and ``optimizer``, and errors, are those of ``convert``; what can't be taken over is
+    left, unless ``on_refusal="raise"`` refuses the whole.
 
     >>> print(accelerate(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.SyncBatchNorm(8))))
     layer  before        after         note

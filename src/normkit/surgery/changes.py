@@ -8,27 +8,20 @@ from typing import Any, Literal, NoReturn
 
 from torch import nn
 
-from normkit.core.errors import OptionError, SurgeryError
+from normkit.core.errors import SurgeryError, check_options
 
 Refusal = Literal["raise", "leave"]
 
 
 @dataclass(frozen=True)
 class Change:
-    """One layer before and after.
+    """One layer before and after."""
 
-    Args:
-        layer: its name, as ``named_modules`` gives it; the model itself is ``"(model)"``.
-        before: what was there.
-        after: what is there now.
-        note: what else to know: what was dropped or created.
-        error: by how much the model's output moved, relative to its largest value, where that was measured; else None.
-    """
-
-    layer: str
-    before: str
-    after: str
-    note: str = ""
+    layer: str  # its name, as ``named_modules`` gives it; the model itself is ``"(model)"``
+    before: str  # what was there
+    after: str  # what is there now
+    note: str = ""  # what else to know: what was dropped or created
+    # By how much the model's output moved, relative to its largest value, where that was measured; else None.
     error: float | None = None
 
     def with_note(self, note: str) -> Change:
@@ -47,15 +40,10 @@ class Change:
 
 @dataclass(frozen=True)
 class PassedOver:
-    """One layer that was seen and left as it was.
+    """One layer that was seen and left as it was."""
 
-    Args:
-        layer: its name.
-        reason: why.
-    """
-
-    layer: str
-    reason: str
+    layer: str  # its name
+    reason: str  # why
 
     def __str__(self) -> str:
         return f"{self.layer}: left: {self.reason}"
@@ -66,8 +54,7 @@ class Refusals(list[PassedOver]):
 
     def __init__(self, who: str, on_refusal: Refusal) -> None:
         super().__init__()
-        if on_refusal not in ("raise", "leave"):
-            raise OptionError(f"{who}: on_refusal={on_refusal!r}; wanted 'raise' or 'leave'")
+        check_options(who, on_refusal=(on_refusal, Refusal))
         self._raises = on_refusal == "raise"
 
     def take(self, name: str, error: SurgeryError) -> None:
@@ -84,22 +71,17 @@ class Refusals(list[PassedOver]):
 
 @dataclass(frozen=True)
 class Changes:
-    """What a verb changed.
-
-    Args:
-        model: another object only where the model itself was a norm.
-        rows: what was changed, one per layer or weight.
-        passed_over: what was seen and left, with the reason.
-        new_parameters: parameters that the model did not have before, by name; an optimizer given as ``optimizer=`` has them.
+    """What a verb changed, as every verb returns it, with the way back: ``undo``.
 
     >>> print(Changes(nn.Identity(), (Change("stem.norm", "LayerNorm(64)", "RMSNorm(64)", "bias dropped"),)))
     layer      before         after        note
     stem.norm  LayerNorm(64)  RMSNorm(64)  bias dropped
     """
 
-    model: nn.Module
-    rows: tuple[Change, ...]
-    passed_over: tuple[PassedOver, ...] = ()
+    model: nn.Module  # another object only where the model itself was a norm
+    rows: tuple[Change, ...]  # what was changed, one per layer or weight
+    passed_over: tuple[PassedOver, ...] = ()  # what was seen and left, with the reason
+    # Parameters that the model did not have before, by name; an optimizer given as ``optimizer=`` has them.
     new_parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     _undo: Callable[[], nn.Module] | None = field(default=None, repr=False, compare=False)
 
@@ -109,9 +91,6 @@ class Changes:
         Only what the verb changed is taken back. If nothing else happened in between, the model is the old one bit for bit; a
         parameter that the verb kept and that was trained since keeps its present value. What was taken out is where it was, and
         of the dtype: a model that was moved or cast in the meantime is to be moved or cast again.
-
-        Returns:
-            The model as it was given to the verb.
 
         Raises:
             SurgeryError: it is undone already, or something else changed the same layers since.
@@ -150,9 +129,8 @@ class Changes:
         columns = range(max(map(len, table)))
         parts = [line for line in table if len(line) == 4] + [line for line in table if len(line) == 2]
         widths = [max((len(line[k]) for line in parts if k < len(line) - 1), default=0) for k in columns]
-        return "\n".join(
-            "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=False)).rstrip() for line in table
-        )
+        lines = ([f"{cell:<{width}}" for cell, width in zip(line, widths, strict=False)] for line in table)
+        return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def label(name: str) -> str:

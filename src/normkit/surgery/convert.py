@@ -1,25 +1,67 @@
-"""Convert the activation norms of a model to another kind."""
+"""Convert the activation norms of a model to another kind, and torch's recurrent layers to layer-normalized ones."""
 
-from __future__ import annotations
-
+import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from normkit.activations.recurrent_layer_norm import (
+    LayerNormGRUCell,
+    LayerNormLSTMCell,
+    LayerNormRecurrent,
+    LayerNormRNNCell,
+)
 from normkit.core.errors import ShapeError, SurgeryError
 from normkit.core.support import show
 from normkit.engine.layer import Layer
 from normkit.surgery.calibrate import Calibration
 from normkit.surgery.changes import Changes, Refusal, Refusals, label
 from normkit.surgery.norms import norms_in, reach, read_norm
-from normkit.surgery.recurrent import RECURRENT, convert_recurrent
 from normkit.surgery.select import Where
-from normkit.surgery.sequence import may_be_causal, time_first
 from normkit.surgery.substitute import build_all, put_heard
 from normkit.surgery.target import Target, any_tensor
 from normkit.surgery.transaction import transaction
+from normkit.surgery.watch import tensors_in
+
+_TOKENS = (
+    *(nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase),
+    *(nn.Conv1d, nn.ConvTranspose1d, nn.TransformerDecoderLayer),
+)
+_IMAGES = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_MIXES_TOKENS = re.compile("atten|attn|transformer|causal|mamba|recurrent", re.IGNORECASE)
+
+
+def may_be_causal(model: nn.Module, example: Any = None) -> bool:
+    """Whether a position of a model's input may be forbidden to see later ones.
+
+    With an example: unless that is images alone. Without: where the model embeds tokens, is recurrent or convolves along one
+    axis, or has attention and takes no images. A model of linear layers on features has no positions.
+    """
+    given = list(tensors_in(example))
+    if given:
+        return not all(tensor.dim() == 4 and tensor.is_floating_point() for tensor in given)
+    kinds = {type(module) for module in model.modules()}
+    if any(issubclass(kind, _TOKENS) for kind in kinds):
+        return True
+    mixes = any(_MIXES_TOKENS.search(kind.__name__) for kind in kinds)
+    return mixes and not any(issubclass(kind, _IMAGES) for kind in kinds)
+
+
+def time_first(model: nn.Module) -> set[int]:
+    """The ids of modules whose input has time on axis 0: those in torch's transformers made without ``batch_first``."""
+    found: set[int] = set()
+    for module in model.modules():
+        layer = module
+        if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
+            layer = next(iter(module.layers), module)  # pyright: ignore[reportArgumentType]
+        known = isinstance(layer, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
+        if known and not layer.self_attn.batch_first:  # pyright: ignore[reportAttributeAccessIssue]
+            found |= {id(child) for child in module.children()}
+    return found
 
 
 def convert(
@@ -35,14 +77,12 @@ def convert(
 ) -> Changes:
     """Convert every activation norm of a model to another kind, in place.
 
-    Known are the norms of torch.nn and of normkit, and classes without children whose name contains "norm" and whose output
-    on random inputs is that of layer or RMS normalization with gain ``weight`` or ``1 + weight`` or without parameters:
-    LayerNorm2d, T5LayerNorm, the RMSNorms of Hugging Face, OLMo's LayerNorm. What is kept: gain and bias (the very parameters),
-    eps, momentum, dtype, device, training flag, ``requires_grad``, hooks, public attributes that its user set (``qconfig``), and
-    that one module stands in several places. What has no place in the new norm is dropped and what it has more is created; the
-    row says so. Where a norm of each position by itself becomes one over positions, through which tokens of a causal model see
-    later ones, the row says so too, unless the model can't be causal. A norm that is of the kind already is left as it is,
-    whoever made it.
+    Known are the norms of torch.nn and of normkit, and classes whose name contains "norm" and whose output on random inputs is
+    that of layer or RMS normalization with gain ``weight`` or ``1 + weight``, as LayerNorm2d and the norms of Hugging Face. Kept
+    are gain and bias (the very parameters), eps, momentum, dtype, device, training flag, ``requires_grad``, hooks, what the user
+    set (``qconfig``), and that one module stands in several places. The row says what is dropped and what is created, and where
+    a norm of each position becomes one over positions, through which tokens of a causal model see later ones. A norm that is of
+    the kind already is left as it is, whoever made it.
 
     A norm on channels first, ``(N, C, *)``, becomes ``LayerNorm(C, over="c")`` by ``ln`` where it normalized each position by
     itself, as in ConvNeXt, and else ``LayerNorm(C, over="c *")``; ``rms`` likewise, so that the two differ in centring alone.
@@ -71,18 +111,13 @@ def convert(
             A row has its layer's error on the old norm's input, relative to what that gave, and the last row that of the
             model's output. Default: None, gain and bias as they were.
 
-    Returns:
-        The model (a new one only where the model itself is a norm), a row per norm that was changed, the norms that were passed
-        over with the reason, and the way back.
-
     Raises:
         NotationError: ``to`` or ``where`` can't be read.
         OptionError: another ``on_refusal``.
         SurgeryError: a norm can't be read or replaced, or there is none; the model is left as it was.
 
-    Reference:
-        The forms of layer normalization in convolutional networks follow Wu and He, "Group Normalization" (2018),
-        https://arxiv.org/abs/1803.08494, where layer normalization is group normalization with one group.
+    Reference: The forms of layer normalization in convolutional networks follow Wu and He, "Group Normalization"
+    (2018), https://arxiv.org/abs/1803.08494, where layer normalization is group normalization with one group.
 
     >>> print(convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), "gn:4"))
     layer  before          after            note
@@ -149,3 +184,103 @@ def _check_several(name: str, target: Target, made: nn.Module, seen: Sequence[in
             f"{label(name)}: {target} has one value for each statistic on the example (input {show(seen)}), so that its output "
             "would be constant; choose another norm, or leave it with on_refusal='leave'"
         )
+
+
+# The method: the cell's word, torch's layer and its cell, and ours.
+RECURRENT: dict[str, tuple[str, type[nn.RNNBase], type[nn.RNNCellBase], type[nn.Module]]] = {
+    "layer_norm_lstm": ("lstm", nn.LSTM, nn.LSTMCell, LayerNormLSTMCell),
+    "layer_norm_gru": ("gru", nn.GRU, nn.GRUCell, LayerNormGRUCell),
+    "layer_norm_rnn": ("rnn", nn.RNN, nn.RNNCell, LayerNormRNNCell),
+}
+
+
+def convert_recurrent(
+    model: nn.Module,
+    to: str,
+    where: Where | None,
+    example: Any,
+    refusals: Refusals,
+    optimizer: torch.optim.Optimizer | None,
+) -> Changes:
+    """Put layer-normalized recurrent layers in the place of torch's of the same kind; see ``convert``."""
+    _, stack, cell, _ = RECURRENT[to]
+    found = {name: module for name, module in model.named_modules() if isinstance(module, stack | cell)}
+    if not found:
+        raise SurgeryError(f"the model has no {stack.__name__} and no {cell.__name__} to convert to {to}")
+    note = (
+        "weights carried over, norms begin fresh: train before use"
+        + "; rows of z negated, an optimizer's state of these weights restarts" * (stack is nn.GRU)
+    )
+
+    def make(name: str, module: nn.Module, seen: Sequence[int] | None) -> tuple[nn.Module, str]:
+        return _build(label(name), module, to), note
+
+    pairs, rows = build_all(model, found, where, example, make, refusals)
+    for name, (old, new) in pairs.items():
+        rows[name] = replace(rows[name], before=_sizes(old), after=_sizes(new))
+    with transaction(model, optimizer) as opened:
+        root = put_heard(model, pairs, rows, example, refusals)
+        return opened.close(root, rows.values(), refusals)
+
+
+def _sizes(layer: Any) -> str:
+    return f"{type(layer).__name__}({layer.input_size}, {layer.hidden_size})"
+
+
+def _build(who: str, module: nn.Module, to: str) -> nn.Module:
+    kind, stack, _, cell = RECURRENT[to]
+    if parametrize.is_parametrized(module):
+        raise SurgeryError(f"{who}: its weights are parametrized; bake them in with fold(model) first")
+    extra = {
+        "bidirectional": "runs both ways",
+        "proj_size": "projects its state",
+        "dropout": "drops between its layers",
+    }
+    for option, what in extra.items():
+        if getattr(module, option, 0):
+            raise SurgeryError(f"{who}: it {what} ({option}={getattr(module, option)}), which {to} has no place for")
+    like: Any = module
+    if not isinstance(module, stack):
+        made = cell(like.input_size, like.hidden_size, **_options(like, like.weight_ih, kind))
+        _carry(made, like.weight_ih, like.weight_hh, like.bias_ih, like.bias_hh)
+        return made
+    options = _options(like, like.weight_ih_l0, kind)
+    options["batch_first"] = like.batch_first
+    made = LayerNormRecurrent(like.input_size, like.hidden_size, kind, like.num_layers, **options)
+    for number, each in enumerate(made.cells):
+        keys = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        _carry(each, *(getattr(module, f"{key}_l{number}", None) for key in keys))
+    return made
+
+
+def _options(module: Any, weight: Tensor, kind: str) -> dict[str, Any]:
+    options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    if kind == "lstm":
+        return {**options, "bias": bool(module.bias)}
+    return {**options, "nonlinearity": module.nonlinearity} if kind == "rnn" else options
+
+
+@torch.no_grad()
+def _carry(cell: Any, weight_ih: Any, weight_hh: Any, bias_ih: Any = None, bias_hh: Any = None) -> None:
+    """Give a cell a layer's weights, the very parameters but for a GRU's, and its biases, where the formula has them."""
+    cell.weight_ih, cell.weight_hh = weight_ih, weight_hh
+    if isinstance(cell, LayerNormGRUCell):  # z opens to the new value here, to the old one in torch
+        both = (nn.Parameter(_turned(cell, w), w.requires_grad) for w in (weight_ih, weight_hh))
+        cell.weight_ih, cell.weight_hh = both
+    if bias_ih is None:
+        return
+    if isinstance(cell, LayerNormLSTMCell):
+        assert cell.bias is not None
+        cell.bias.copy_(bias_ih + bias_hh)
+    elif isinstance(cell, LayerNormRNNCell):
+        cell.norm.bias.copy_(bias_ih + bias_hh)  # pyright: ignore[reportOptionalMemberAccess]
+    else:
+        two = 2 * cell.hidden_size
+        gates, (_, new), (_, old) = _turned(cell, bias_ih + bias_hh)[:two], bias_ih.split(two), bias_hh.split(two)
+        for norm, bias in ((cell.norm_ih, gates), (cell.norm_in, new), (cell.norm_hn, old)):
+            norm.get_parameter("bias").copy_(bias)
+
+
+def _turned(cell: Any, rows: Tensor) -> Tensor:
+    r, z, n = rows.detach().chunk(3)
+    return torch.cat([r, -z, n])

@@ -1,7 +1,5 @@
 """Data-dependent initialization: weight-normalized layers start with pre-activations of mean 0 and variance 1."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,8 +11,8 @@ from torch.nn.utils import parametrizations as torchs
 from normkit.core.errors import SurgeryError
 from normkit.core.moments import accumulation_dtype, moments
 from normkit.core.support import show
-from normkit.surgery.attach import parametrizations
 from normkit.surgery.changes import Change, Changes, PassedOver, label
+from normkit.surgery.condition import parametrizations
 from normkit.surgery.transaction import Transaction
 from normkit.surgery.watch import run_on
 from normkit.weights.layout import weight_layout
@@ -28,9 +26,8 @@ def data_dependent_init(model: nn.Module, batch: Any) -> Changes:
     """Set lengths g and biases b of weight-normalized layers, in place, so that their pre-activations are normalized on a batch.
 
     Layer by layer in order of execution, with t = v x / |v| over the batch and, of convolutions, all positions:
-    g <- 1 / (std(t) + 1e-8), b <- -mean(t) / (std(t) + 1e-8) for each output unit, std the population's. The next layer sees the
-    normalized output, so that afterwards every pre-activation has mean 0 and variance 1 on that batch. Directions v stay as they
-    are. Call it once, before training, on a batch as large as fits.
+    g <- 1 / (std(t) + 1e-8), b <- -mean(t) / (std(t) + 1e-8) for each output unit, std the population's, so that afterwards every
+    pre-activation has mean 0 and variance 1 on that batch. Call it once, before training, on a batch as large as fits.
 
     The model runs once in the mode that it has; other parameters and all buffers, as running statistics, are left as they were. A
     layer without bias is scaled alone. A layer that is called several times is set by the first call.
@@ -39,16 +36,12 @@ def data_dependent_init(model: nn.Module, batch: Any) -> Changes:
         model: with weight normalization on Linear, Conv or ConvTranspose layers, by normkit or torch's parametrization.
         batch: an input: a tensor, a tuple of arguments, or a dict of them.
 
-    Returns:
-        The model, a row for each layer, in order of execution, and those passed over, which the batch does not reach.
-
     Raises:
         SurgeryError: no layer is weight-normalized, or none is reached; lengths that are not one for each output unit, or under
             another parametrization; a unit that is constant or not finite on the batch; the model does not run. Nothing is
             changed then.
 
-    Reference:
-        Salimans and Kingma, "Weight Normalization" (2016), https://arxiv.org/abs/1602.07868, section 3.
+    Reference: Salimans and Kingma, "Weight Normalization" (2016), https://arxiv.org/abs/1602.07868, section 3.
 
     >>> from normkit.weights.weight_norm import weight_norm
     >>> layer = weight_norm(nn.Linear(1, 1))

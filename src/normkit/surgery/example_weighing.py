@@ -1,7 +1,5 @@
 """Inference example weighing for a trained model: batch normalizations that count the example itself, and how much."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from torch import nn
@@ -28,17 +26,12 @@ def weigh_examples(model: nn.Module, alpha: float = 0.0, count: int | None = Non
         count: elements per channel of a training batch, by which the unbiased variance kept becomes the population's, as
             var (count - 1) / count. Default: None, a count so large that both are the same.
 
-    Returns:
-        The model, which is another object where it was a batch normalization itself, and a row for each.
-
     Raises:
         SurgeryError: the model has no batch normalization with running statistics, or one that does more than that, as in two
             steps or over sub-batches; no layer was changed.
         OptionError: alpha or the count is outside its range.
 
-    Reference:
-        Summers and Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization" (2020),
-        https://arxiv.org/abs/1906.03548, section 3.1.
+    Reference: Summers and Dinneen (2020), https://arxiv.org/abs/1906.03548, section 3.1.
 
     >>> print(*weigh_examples(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), alpha=0.05))
     1: BatchNorm2d(8) -> BatchGroupNorm(8, alpha=0.05)
@@ -77,13 +70,14 @@ def choose_alpha(
 
     It sets an option and changes no layer, so there is nothing to undo: ``weigh_examples`` gives the way back from the layers.
 
-    Args:
-        model: left in evaluation mode, or as it was if ``score`` raises.
-        score: gives a model's score; more is better.
-        alphas: to try, in order; of equal scores the first wins.
+    ``score`` gives a model's score; of equal ones the first of ``alphas`` wins. The model is left in evaluation mode, or as it
+    was if ``score`` raises. Gives the score of each alpha.
 
-    Returns:
-        The score of each alpha.
+    Raises:
+        SurgeryError: the model has no BatchGroupNorm.
+        OptionError: an alpha that is not from 0 to 1.
+
+    Returns the score of each alpha.
 
     Raises:
         SurgeryError: the model has no BatchGroupNorm.
@@ -118,17 +112,10 @@ def choose_alpha(
 
 def _weighing(norm: nn.modules.batchnorm._BatchNorm, alpha: float, count: int | None) -> BatchGroupNorm:
     assert norm.running_mean is not None
-    made = BatchGroupNorm(
-        norm.num_features,
-        eps=norm.eps,
-        momentum=0.01 if norm.momentum is None else norm.momentum,
-        affine=norm.affine,
-        alpha=alpha,
-        bias=norm.bias is not None,
-        layout=getattr(norm, "layout", "n c *"),
-        device=norm.running_mean.device,
-        dtype=norm.running_mean.dtype,
-    )
+    factory = {"device": norm.running_mean.device, "dtype": norm.running_mean.dtype}
+    kept = {"eps": norm.eps, "affine": norm.affine, "alpha": alpha, "layout": getattr(norm, "layout", "n c *")}
+    momentum = 0.01 if norm.momentum is None else norm.momentum
+    made = BatchGroupNorm(norm.num_features, momentum=momentum, bias=norm.bias is not None, **kept, **factory)
     made.load_state_dict(norm.state_dict())
     made.weight, made.bias = norm.weight, norm.bias
     if count is not None:

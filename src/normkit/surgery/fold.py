@@ -1,7 +1,5 @@
 """Fold: bake normalizations into the weights for inference, and prove on an example that nothing changed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -16,18 +14,16 @@ from normkit.activations.layer_norm import LayerNorm
 from normkit.activations.rms_norm import RMSNorm
 from normkit.catalogue.methods import METHODS
 from normkit.core.errors import OptionError, SurgeryError
-from normkit.surgery.absorb import absorb_before, absorb_behind, centred, scale_and_shift
-from normkit.surgery.attach import tied_parameters
-from normkit.surgery.bake import bake
+from normkit.surgery.bake import absorb_before, absorb_behind, bake, centred, scale_and_shift
 from normkit.surgery.changes import Change, Changes, Refusals, label
-from normkit.surgery.freeze import is_frozen
+from normkit.surgery.condition import tied_parameters
 from normkit.surgery.norms import Norm, describe, is_norm, norms_in, read_norm
+from normkit.surgery.recalibrate import is_frozen
 from normkit.surgery.select import is_gpt2_linear
-from normkit.surgery.stream import Axis, Stream
 from normkit.surgery.substitute import inherit, put
 from normkit.surgery.target import activation_module
 from normkit.surgery.transaction import transaction
-from normkit.surgery.watch import Sight, Watch, run_on, tensors_in
+from normkit.surgery.watch import Axis, Sight, Stream, Watch, run_on, tensors_in
 
 # In evaluation one scale and shift for each channel, as their cards claim and the tests hold them to.
 _FOLDABLE = frozenset(card.module for card in METHODS if card.kind == "activation" and card.foldable)
@@ -50,9 +46,8 @@ def fold(model: nn.Module, example: Any = None, *, centring: bool = False, toler
     * a convolution of a class of its own that computes with another weight than it holds, as weight-standardizing ones do,
       becomes torch's with that weight;
     * each batch normalization, torch's, frozen, with an activation behind it or of its family here, goes into the Conv,
-      ConvTranspose or Linear before it, W' = (weight / s) W, b' = bias + (b - mean) weight / s, s = sqrt(var + eps) (the running
-      deviation or 1 where that is what the norm keeps), or into the Conv or Linear layers behind it, if those don't
-      pad with zeros; its activation, or an Identity, is left in its place;
+      ConvTranspose or Linear before it, W' = (weight / s) W, b' = bias + (b - mean) weight / s, s = sqrt(var + eps) (or what the
+      norm keeps), or into those behind it, if they don't pad with zeros; its activation, or an Identity, is left in its place;
     * gain and bias of a layer, RMS, group or instance normalization go into the Linear or Conv layers behind it, and one
       without parameters is left: torch's, or one from here over channels on axis 1, which torch lacks;
     * with ``centring``, a layer normalization over the last axis becomes an RMS normalization (torch's, or one from here where a
@@ -71,19 +66,14 @@ def fold(model: nn.Module, example: Any = None, *, centring: bool = False, toler
         tolerance: largest difference of outputs that counts as none, relative to their largest value. Default: by the dtype of
             the output, 1e-4 in float32, 1e-10 in float64.
 
-    Returns:
-        The model, a row per weight and per such norm with the error, the norms that were passed over with the reason, and the
-        way back.
-
     Raises:
         SurgeryError: a tied weight would be untied; the model is not in evaluation mode, or does not give the same finite output
             twice. The model is left as it was.
         OptionError: ``centring`` without an example.
 
-    Reference:
-        Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference" (2018),
-        https://arxiv.org/abs/1712.05877, section 3.2; gains and centring: Ashkboos et al., "SliceGPT" (2024),
-        https://arxiv.org/abs/2401.15024, section 3.2.
+    Reference: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+    Inference" (2018), https://arxiv.org/abs/1712.05877, section 3.2; gains and centring: Ashkboos et al., "SliceGPT"
+    (2024), https://arxiv.org/abs/2401.15024, section 3.2.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).double().eval()
     >>> changes = fold(model, torch.ones(1, 3, 5, 5).double())
@@ -102,7 +92,7 @@ def fold(model: nn.Module, example: Any = None, *, centring: bool = False, toler
         for name, module in model.named_modules():
             if module.training:
                 raise SurgeryError(
-                    f"fold: {label(name)} is in training mode, where a norm has no fixed factors; call model.eval() first"
+                    f"fold: {label(name)} is in training mode, without fixed factors; call model.eval() first"
                 )
         trial, refusals = _Trial(model, example, tolerance), Refusals("fold", "leave")
         rows = bake(model)
@@ -123,7 +113,7 @@ class _Trial:
         varies, allowed = _difference(self._first, _outputs(model, example))
         if varies > allowed or not all(bool(torch.isfinite(part).all()) for part in self._first):
             raise SurgeryError(
-                "fold: the model does not give the same finite output twice on the example, so that no fold can be proved"
+                "fold: the model does not give the same finite output twice on the example, so no fold is proved"
             )
 
     def error(self) -> tuple[float, float]:

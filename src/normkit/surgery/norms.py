@@ -1,27 +1,72 @@
 """Reading an activation norm of any make as data: which statistic, over which axes, with which parameters."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from normkit.activations.batch_norm import batch_norm
 from normkit.catalogue.citation import card_of
 from normkit.core.card import Card
 from normkit.core.errors import SurgeryError
 from normkit.core.moments import accumulation_dtype
 from normkit.core.place import Axes
 from normkit.core.support import show
+from normkit.engine.call import Activation
 from normkit.engine.layer import Cast, Layer
+from normkit.engine.reference import activate
 from normkit.surgery.changes import label
-from normkit.surgery.from_one import FromOne
-from normkit.surgery.frozen_batch_norm import FrozenBatchNorm
 from normkit.surgery.probe import Found, probe
+from normkit.weights.attachment import attach
+
+
+class FrozenBatchNorm(nn.Module):
+    """Normalize each channel by fixed statistics, in training and evaluation alike; nothing in it is trained.
+
+    y = weight * (x - running_mean) / sqrt(running_var + eps) + bias. All four are buffers, with the keys of the detectors'
+    FrozenBatchNorm2d; the count of a BatchNorm's checkpoint is dropped on loading.
+
+    Arguments and shapes are those of BatchNorm, as far as it has them.
+
+    Shape: (N, C, *), or (N, *, C) by ``layout``, to the same.
+
+    >>> FrozenBatchNorm(1, eps=0.0)(torch.tensor([[2.0]]))
+    tensor([[2.]])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        *,
+        layout: str = "n c *",
+        activation: Activation | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.num_features, self.eps, self.layout, self.activation = num_features, eps, layout, activation
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((num_features,), value, device=device, dtype=dtype))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize."""
+        mean, var, weight, bias = (self.get_buffer(k) for k in ("running_mean", "running_var", "weight", "bias"))
+        y = batch_norm(input, mean, var, weight, bias, eps=self.eps, layout=self.layout)
+        return activate(y, self.activation)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}" + ("" if self.layout == "n c *" else f", layout={self.layout!r}")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        state_dict.pop(f"{prefix}num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
 
 _RANKED = {
     1: (nn.BatchNorm1d, nn.InstanceNorm1d),
@@ -32,51 +77,33 @@ _RANKED = {
 
 @dataclass(frozen=True)
 class Norm:
-    """An activation norm as data.
+    """An activation norm as data."""
 
-    Args:
-        kind: the method's name in the catalogue, or ``"frozen_batch_norm"``.
-        axes: of its input.
-        shape: of the axes that hold channels or features; one number unless ``axes`` is ``"trailing"``, none if not known.
-        eps: None stands for the machine epsilon.
-        weight: the gain, one value per channel, or None.
-        bias: likewise.
-        has_bias: whether its class has a bias unless told otherwise.
-        option: as its method's word has it: the groups of a group norm, the axes of a layer norm on channels first, ``"d"`` for
-            the last of several trailing ones, or "".
-        momentum: of running statistics.
-        tracks: whether it keeps running statistics.
-        track: ``track_running_stats`` of a norm over the batch; if False, those that are there stay; None without such a flag.
-        running: those that run over the batch, by name: mean, variance, count.
-        note: what was found out about it that its class does not say.
-        affine: whether it has parameters.
-        alone: whether it normalizes each position by itself.
-        rank: how many axes its input has, or None if not known.
-        spatial: axes of positions where its class takes one number of them alone, else None.
-        offset: the gain is this plus the weight.
-        cast: when a half type is rounded; None where no layer here rounds like it.
-        activation: what follows, by name where layers here know it, else as a module; None where nothing does.
-    """
-
-    kind: str
-    axes: Axes
+    kind: str  # the method's name in the catalogue, or ``"frozen_batch_norm"``
+    axes: Axes  # of its input
+    # Of the axes that hold channels or features; one number unless ``axes`` is ``"trailing"``, none if not known.
     shape: tuple[int, ...]
-    eps: float | None
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
-    has_bias: bool = True
+    eps: float | None  # None stands for the machine epsilon
+    weight: nn.Parameter | None  # the gain, one value per channel, or None
+    bias: nn.Parameter | None  # likewise
+    has_bias: bool = True  # whether its class has a bias unless told otherwise
+    # As its method's word has it: the groups of a group norm, the axes of a layer norm on channels first, ``"d"`` for
+    # the last of several trailing ones, or "".
     option: str = ""
-    momentum: float | None = 0.1
-    tracks: bool = False
+    momentum: float | None = 0.1  # of running statistics
+    tracks: bool = False  # whether it keeps running statistics
+    # ``track_running_stats`` of a norm over the batch; if False, those that are there stay; None without such a flag.
     track: bool | None = None
+    # Those that run over the batch, by name: mean, variance, count.
     running: dict[str, Tensor | None] = field(default_factory=dict)
-    note: str = ""
-    affine: bool = True
-    alone: bool = False
-    rank: int | None = None
-    spatial: int | None = None
-    offset: float = 0.0
-    cast: Cast | None = "after weight"
+    note: str = ""  # what was found out about it that its class does not say
+    affine: bool = True  # whether it has parameters
+    alone: bool = False  # whether it normalizes each position by itself
+    rank: int | None = None  # how many axes its input has, or None if not known
+    spatial: int | None = None  # axes of positions where its class takes one number of them alone, else None
+    offset: float = 0.0  # the gain is this plus the weight
+    cast: Cast | None = "after weight"  # when a half type is rounded; None where no layer here rounds like it
+    # What follows, by name where layers here know it, else as a module; None where nothing does.
     activation: str | nn.Module | None = None
 
     def guard(self, dtype: torch.dtype) -> float:
@@ -120,7 +147,7 @@ def read_norm(name: str, module: nn.Module, seen: Sequence[int] | None = None) -
         raise SurgeryError(f"{who}: its weight is parametrized; bake the parametrization in with fold(model) first")
     if "forward" in vars(module):
         raise SurgeryError(
-            f"{who}: its forward was replaced on the object, which a new layer would lose; undo that first"
+            f"{who}: its forward was replaced on the object, and a new layer would lose it; undo that first"
         )
     hooks = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
     if any(getattr(module, hook, None) for hook in hooks) and not _counts_from_one(module):
@@ -196,30 +223,20 @@ def _by_behaviour(module: nn.Module, who: str, card: Card | None) -> Norm:
     found = probe(module)
     if isinstance(found, str):
         raise SurgeryError(
-            f"{who}: what it computes is not known: {found}; convert it by hand, or choose others with where="
+            f"{who}: what it computes is not known: {found}; convert by hand, or choose others with where="
         )
     if found.kind == "torch" and card is not None:
         return replace(_known(card, module), activation=found.activation)
     tensors = {**module._buffers, **module._parameters}
     weight, bias = (_parameter(tensors.get(key)) for key in (found.weight, found.bias))
-    frozen = found.kind == "batch_norm"
-    return Norm(
-        "frozen_batch_norm" if frozen else found.kind,
-        "trailing" if len(found.shape) > 1 else "n c *" if found.over or frozen else "n * c",
-        found.shape,
-        found.eps,
-        weight,
-        bias,
-        bias is not None,
-        option="d" if len(found.shape) > 1 else found.over,
-        tracks=frozen,
-        running={key: tensors.get(key) for key in ("running_mean", "running_var")} if frozen else {},
-        affine=weight is not None,
-        alone=found.over != "c *" and not frozen,
-        offset=float(found.offset),
-        cast=found.cast,
-        activation=found.activation,
-    )
+    frozen, several = found.kind == "batch_norm", len(found.shape) > 1
+    running = {key: tensors.get(key) for key in ("running_mean", "running_var")} if frozen else {}
+    kind, alone = "frozen_batch_norm" if frozen else found.kind, found.over != "c *" and not frozen
+    axes: Axes = "trailing" if several else "n c *" if found.over or frozen else "n * c"
+    seen = {"offset": float(found.offset), "cast": found.cast, "activation": found.activation}
+    kept = {"option": "d" if several else found.over, "tracks": frozen, "running": running, "alone": alone}
+    own = {"affine": weight is not None, "has_bias": bias is not None}
+    return Norm(kind, axes, found.shape, found.eps, weight, bias, **kept, **own, **seen)
 
 
 def _frozen(module: FrozenBatchNorm) -> Norm:
@@ -227,17 +244,8 @@ def _frozen(module: FrozenBatchNorm) -> Norm:
     axes: Axes = "n c *" if module.layout == "n c *" else "n * c"
     running = {key: own[key] for key in ("running_mean", "running_var")}
     weight, bias = _parameter(own["weight"]), _parameter(own["bias"])
-    return Norm(
-        "frozen_batch_norm",
-        axes,
-        (module.num_features,),
-        module.eps,
-        weight,
-        bias,
-        tracks=True,
-        running=running,
-        activation=module.activation,
-    )
+    kept = {"tracks": True, "running": running, "activation": module.activation}
+    return Norm("frozen_batch_norm", axes, (module.num_features,), module.eps, weight, bias, **kept)
 
 
 def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
@@ -261,11 +269,7 @@ def _expanded(scalar: Tensor, shape: tuple[int, ...]) -> nn.Parameter:
 
 
 def describe(module: nn.Module) -> str:
-    """A norm on one line: its class and its sizes.
-
-    >>> describe(nn.GroupNorm(2, 8)), describe(nn.LayerNorm(8, eps=1e-6)), describe(nn.Identity())
-    ('GroupNorm(2, 8)', 'LayerNorm(8)', 'Identity()')
-    """
+    """A norm on one line: its class and its sizes, such as ``GroupNorm(2, 8)``."""
     own, shape, card = getattr(module, "weight", None), _shape(module), card_of(module)
     if not shape and isinstance(own, Tensor) and own.dim() == 1:
         shape = tuple(own.shape)
@@ -285,3 +289,39 @@ def _shape(module: nn.Module) -> tuple[int, ...]:
     sizes = (getattr(module, key, None) for key in ("normalized_shape", "num_features", "num_channels", "features"))
     size = next((size for size in sizes if size is not None), ())
     return (size,) if isinstance(size, int) else tuple(size)
+
+
+class FromOne(nn.Module):
+    """The parametrization gain = 1 + d, whose decay pulls the gain towards 1.
+
+    >>> FromOne()(torch.tensor([0.5]))
+    tensor([1.5000])
+    """
+
+    def forward(self, difference: Tensor) -> Tensor:
+        """The gain."""
+        return 1 + difference
+
+    def right_inverse(self, gain: Tensor) -> Tensor:
+        """What is kept of a gain: its difference from 1."""
+        return gain - 1
+
+
+def count_from_one(norm: nn.Module, weight: nn.Parameter) -> None:
+    """Make a norm's gain 1 + a parameter, the very object; checkpoints that know it as ``weight`` load."""
+    value = weight.data
+    norm.register_parameter("weight", weight)
+    attach(norm, "weight", FromOne())
+    weight.data = value  # attaching took 1 off it
+    norm.register_load_state_dict_pre_hook(_from_weight)
+
+
+def loads_difference(norm: nn.Module) -> bool:
+    """Whether plain checkpoints hold the difference as ``weight``, as ``count_from_one`` made the norm."""
+    hooks = norm._load_state_dict_pre_hooks.values()
+    return any(getattr(hook, "hook", hook) is _from_weight for hook in hooks)
+
+
+def _from_weight(norm: nn.Module, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
+    if parametrize.is_parametrized(norm) and f"{prefix}weight" in state:
+        state[f"{prefix}parametrizations.weight.original"] = state.pop(f"{prefix}weight")

@@ -1,7 +1,5 @@
 """Hard spectral normalization: weights are divided by their largest singular value in place, after an optimizer's step."""
 
-from __future__ import annotations
-
 from collections.abc import MutableMapping
 
 import torch
@@ -13,7 +11,7 @@ from normkit.core.moments import accumulation_dtype
 from normkit.surgery.changes import label
 from normkit.surgery.select import Where, select, weight_names
 from normkit.weights.layout import hooked_weight, weight_layout
-from normkit.weights.power_iteration import power_iteration
+from normkit.weights.spectral_norm import power_iteration
 
 # As many as spectral_norm's at the start, where no vectors are kept yet.
 _FIRST = 15
@@ -33,9 +31,8 @@ def reassign_spectral_(
     """W <- W / sigma(W) for every chosen weight, in place; sigma is the largest singular value of its 2-D unfolding.
 
     To be called after each step of a discriminator's optimizer, of which it is a part: no change of the model, and not undone.
-    Afterwards each layer is Lipschitz with constant 1, and so is a
-    network of them with activations such as ReLU. The gradient knows nothing of it, other than with ``spectral_norm``. Of a
-    convolution it bounds the unfolding, not the operator (see ``operator_norm``).
+    Afterwards each layer is Lipschitz with constant 1, and so is a network of them with activations such as ReLU. The gradient
+    knows nothing of it, other than with ``spectral_norm``. Of a convolution it bounds the unfolding, not the operator.
 
     Without ``exact``, sigma is u^T W v by power iteration, which comes from below: the norm may stay somewhat above 1. Vectors
     are taken from ``memory`` and left there: keep one dict between calls, and one iteration per call follows a weight that
@@ -50,24 +47,18 @@ def reassign_spectral_(
         memory: u and v by the weight's name; read and written. Default: None.
         eps: floor of sigma. Default: 1e-12.
 
-    Returns:
-        sigma before, by the weight's name.
+    Returns sigma before, by the weight's name.
 
     Raises:
         SurgeryError: nothing is chosen, or a chosen weight is parametrized; nothing was changed.
         OptionError: no iteration, or memory together with ``exact``.
 
-    Reference:
-        Miyato, Kataoka, Koyama, Yoshida, "Spectral Normalization for Generative Adversarial Networks" (2018),
-        https://arxiv.org/abs/1802.05957.
+    Reference: Miyato, Kataoka, Koyama, Yoshida (2018), https://arxiv.org/abs/1802.05957.
 
     >>> layer = nn.Linear(2, 2)
     >>> layer.weight.data = torch.tensor([[4.0, 0.0], [0.0, 1.0]])
     >>> reassign_spectral_(layer)
     {'weight': tensor(4.)}
-    >>> layer.weight.detach()
-    tensor([[1.0000, 0.0000],
-            [0.0000, 0.2500]])
     """
     if exact and memory is not None:
         raise OptionError("reassign_spectral_: exact keeps no vectors; leave memory out, or give exact=False")
@@ -83,7 +74,7 @@ def reassign_spectral_(
         hooked = hooked_weight(layer, key)
         if hooked is not None:
             raise SurgeryError(
-                f"{label(name)}: its {key} is made by {hooked[0]}; remove that first, or choose other layers with where="
+                f"{label(name)}: its {key} is made by {hooked[0]}; remove that first, or leave it out with where="
             )
     found: dict[str, Tensor] = {}
     seen: set[int] = set()

@@ -1,6 +1,4 @@
-"""Precise batch normalization: running statistics estimated again, each element counting once."""
-
-from __future__ import annotations
+"""Running statistics: estimated again, each element counting once, or held through ``train()``."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,31 +11,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from normkit.activations.batch_group_norm import BatchGroupNorm
+from normkit.activations.batch_norm import MeanOnlyBatchNorm
 from normkit.activations.batch_renorm import BatchRenorm, RenormSchedule
 from normkit.activations.conditional_norm import ConditionalNorm, SpatiallyAdaptiveNorm
-from normkit.activations.exemplar_norm import ExemplarNorm
-from normkit.activations.mean_only_batch_norm import MeanOnlyBatchNorm
 from normkit.activations.recurrent_batch_norm import RecurrentBatchNorm, padding_mask
-from normkit.activations.switchable_norm import SwitchableNorm
-from normkit.core.errors import OptionError, SurgeryError
+from normkit.activations.switchable_norm import ExemplarNorm, SwitchableNorm
+from normkit.core.errors import OptionError, SurgeryError, check_options
 from normkit.core.moments import Moments, moments
 from normkit.surgery.changes import Change, Changes, PassedOver, label
-from normkit.surgery.freeze import is_frozen
+from normkit.surgery.norms import describe
+from normkit.surgery.select import Where, choose
 from normkit.surgery.transaction import transaction
 from normkit.surgery.watch import modes_kept
 
 Estimator = Literal["population", "mean"]
 # Each keeps one mean per channel, over the batch and all positions.
 _KINDS = (
-    nn.modules.batchnorm._BatchNorm,
-    BatchRenorm,
-    BatchGroupNorm,
-    MeanOnlyBatchNorm,
-    ConditionalNorm,
-    SpatiallyAdaptiveNorm,
-    SwitchableNorm,
-    ExemplarNorm,
-    RecurrentBatchNorm,
+    *(nn.modules.batchnorm._BatchNorm, BatchRenorm, BatchGroupNorm, MeanOnlyBatchNorm, RecurrentBatchNorm),
+    *(ConditionalNorm, SpatiallyAdaptiveNorm, SwitchableNorm, ExemplarNorm),
 )
 
 _KEPT = ("running_mean", "running_var", "running_std")
@@ -60,9 +51,9 @@ def recalibrate(
         population    mean and variance over all elements of all batches together, however large each batch is
         mean          the plain averages over batches of their means and unbiased variances
 
-    The population's is exact where the layer's input does not depend on other batch normalizations, whatever the order and the
-    sizes of the batches; a layer that is called several times, or stands in several places, sees all its inputs. The model is
-    left in the mode it had, and as it was if a batch fails.
+    The population's is exact where the layer's input does not depend on other batch normalizations; a layer that is called
+    several times, or stands in several places, sees all its inputs. The model is left in the mode it had, and as it was if a
+    batch fails.
 
     Args:
         model: with batch normalizations that keep running statistics: torch's, and every member of their family here, also those
@@ -74,27 +65,25 @@ def recalibrate(
         across_processes: whether the batches of all processes of ``torch.distributed`` count together, so that each gets the same
             statistics; all must call it, and each may have batches of its own, or none. Default: False.
 
-    Returns:
-        A row for each layer, with the batches and the elements per channel that it saw; passed over are those whose running
-        statistics are not of this kind, as instance normalization's or those of each step of a sequence.
+    Returns a row for each layer, with the batches and the elements per channel that it saw; passed over are those whose
+    running statistics are not of this kind, as instance normalization's or those of each step of a sequence.
 
     Raises:
         SurgeryError: the model has no such layer, there are no batches, or a layer is never called.
         OptionError: another estimator, or a limit below 1.
 
-    Reference:
-        Wu and Johnson, "Rethinking 'Batch' in BatchNorm" (2021), https://arxiv.org/abs/2105.07576, section 3.
+    Reference: Wu and Johnson, "Rethinking 'Batch' in BatchNorm" (2021), https://arxiv.org/abs/2105.07576, section 3.
 
     >>> model = nn.Sequential(nn.BatchNorm1d(1))
     >>> changes = recalibrate(model, [torch.zeros(98, 1), torch.ones(2, 1)])
     >>> model[0].running_mean, model[0].running_var
     (tensor([0.0200]), tensor([0.0196]))
     """
-    if estimator not in ("population", "mean"):
-        raise OptionError(f"recalibrate: estimator={estimator!r}; wanted 'population' or 'mean'")
+    check_options("recalibrate", estimator=(estimator, Estimator))
     if limit is not None and limit < 1:
         raise OptionError(f"recalibrate: limit={limit}; wanted batches to take, from 1, or None for all")
-    kept = {name: module for name, module in model.named_modules() if _keeps_statistics(module)}
+    every = model.named_modules()
+    kept = {name: module for name, module in every if isinstance(module._buffers.get("running_mean"), Tensor)}
     left = {name: reason for name, module in kept.items() if (reason := _refusal(module))}
     norms = {name: module for name, module in kept.items() if name not in left}
     if not norms:
@@ -119,9 +108,8 @@ def recalibrate(
     missing = [label(name) for name in norms if sums[name].found is None]
     if missing:
         raise SurgeryError(f"no element reached {', '.join(missing)}; no layer was changed")
-    written = [
-        norm.get_buffer(key) for norm in norms.values() for key in _KEPT if isinstance(norm._buffers.get(key), Tensor)
-    ]
+    kept_by = (norm._buffers.get(key) for norm in norms.values() for key in _KEPT)
+    written = [buffer for buffer in kept_by if isinstance(buffer, Tensor)]
     with transaction(model, written=written) as opened:
         rows = [_write(label(name), norm, sums[name]) for name, norm in norms.items()]
         return opened.close(model, rows, [PassedOver(label(name), reason) for name, reason in left.items()])
@@ -183,10 +171,6 @@ class _Inputs:
         return Moments(old.mean + share * (new.mean - old.mean), old.var + share * (new.var - old.var), total)
 
 
-def _keeps_statistics(module: nn.Module) -> bool:
-    return isinstance(module._buffers.get("running_mean"), Tensor)
-
-
 def _refusal(module: nn.Module) -> str:
     if is_frozen(module):
         return "it is frozen; unfreeze it first"
@@ -244,3 +228,83 @@ def forward_batch(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(batch[0] if isinstance(batch, list | tuple) else batch)
+
+
+def freeze(model: nn.Module, where: Where = "all", *, statistics: bool = True, affine: bool = True) -> Changes:
+    """Let batch normalizations stay as they are through ``model.train()``, in place, until ``unfreeze``.
+
+    ``requires_grad_(False)`` leaves the running statistics moving, and ``eval()`` of a layer is undone by the next ``train()`` of
+    the model. Here a hook on the layer puts it into evaluation each time that it runs; parameters, keys and class stay.
+
+    Args:
+        model: any module.
+        where: which normalizations with running statistics, as in ``select``, by their names. Default: "all".
+        statistics: whether running statistics stay, and are what the layer normalizes by. Default: True.
+        affine: whether weight and bias stay. Default: True.
+
+    Returns the model, a row per layer, and the way back, which restores each ``requires_grad`` as it was; ``unfreeze``
+    sets all of them to True.
+
+    Raises:
+        NotationError: ``where`` can't be read.
+        OptionError: neither is to stay.
+        SurgeryError: no layer keeps running statistics, or none is chosen.
+
+    >>> model = nn.Sequential(nn.BatchNorm1d(2))
+    >>> print(freeze(model))
+    layer  before          after           note
+    0      BatchNorm1d(2)  BatchNorm1d(2)  statistics, weight and bias stay
+    """
+    if not statistics and not affine:
+        raise OptionError("freeze: statistics=False and affine=False leave nothing to freeze; choose one at least")
+    chosen = _normalizations(model, where)
+    said = ", ".join(["statistics"] * statistics + ["weight and bias"] * affine)
+    rows = []
+    with transaction(model) as opened:
+        for name, norm in chosen.items():
+            if statistics and not is_frozen(norm):
+                norm.register_forward_pre_hook(_stay)
+                norm.training = False
+            for parameter in norm.parameters(recurse=False):
+                parameter.requires_grad_(parameter.requires_grad and not affine)
+            rows.append(Change(label(name), describe(norm), describe(norm), f"{said} stay"))
+        return opened.close(model, rows)
+
+
+def unfreeze(model: nn.Module, where: Where = "all") -> Changes:
+    """Let normalizations go on that ``freeze`` holds, in place: weight and bias are trained, and the mode is the model's.
+
+    ``where`` and errors are those of ``freeze``.
+
+    >>> model = nn.Sequential(nn.BatchNorm1d(2))
+    >>> print(*unfreeze(freeze(model).model), model[0].training)
+    0: BatchNorm1d(2) -> BatchNorm1d(2) (goes on) True
+    """
+    rows = []
+    with transaction(model) as opened:
+        for name, norm in _normalizations(model, where).items():
+            for key, hook in list(norm._forward_pre_hooks.items()):
+                if hook is _stay:
+                    del norm._forward_pre_hooks[key]
+            norm.training = model.training if norm is not model else True
+            norm.requires_grad_(True)
+            rows.append(Change(label(name), describe(norm), describe(norm), "goes on"))
+        return opened.close(model, rows)
+
+
+def is_frozen(norm: nn.Module) -> bool:
+    """Whether ``freeze`` holds a layer's statistics."""
+    return any(hook is _stay for hook in norm._forward_pre_hooks.values())
+
+
+def _stay(norm: nn.Module, args: Any) -> None:
+    norm.training = False
+
+
+def _normalizations(model: nn.Module, where: Where) -> dict[str, nn.Module]:
+    # What updates statistics has a momentum; a frozen class has none, and stays by itself.
+    kept = {name: module for name, module in model.named_modules() if hasattr(module, "momentum")}
+    found = {name: module for name, module in kept.items() if isinstance(module._buffers.get("running_mean"), Tensor)}
+    if not found:
+        raise SurgeryError("no layer of the model keeps running statistics that move")
+    return choose(found, where, "normalizations with running statistics")

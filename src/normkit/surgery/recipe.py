@@ -12,13 +12,13 @@ from torch import nn
 from normkit.catalogue import METHODS
 from normkit.core.card import Card
 from normkit.core.errors import NotationError, SurgeryError, closest
-from normkit.surgery.attach import Attach, attach_all
 from normkit.surgery.changes import Change, Changes, PassedOver, Refusal, Refusals
+from normkit.surgery.condition import Attach, attach_all
 from normkit.surgery.convert import convert
 from normkit.surgery.select import check_place, select
-from normkit.surgery.target import Target, norm_cards, norm_list
+from normkit.surgery.target import Target, norm_cards, norm_list, norm_words
 from normkit.surgery.transaction import transaction
-from normkit.surgery.watch import try_on
+from normkit.surgery.watch import forked, try_on
 from normkit.weights import (
     inverse_root_diagonal,
     inverse_root_rows,
@@ -78,8 +78,7 @@ class Recipe:
                  ``all`` (of the others), ``hidden``, ``re:PATTERN``
     ===========  ==========================================================================================
 
-    A method of the catalogue is known by the word on its card. In a pattern a ``+`` before what reads as a weight term begins
-    that term.
+    A ``+`` in a pattern before what reads as a weight term begins that term.
 
     >>> Recipe.parse("bn + e:row@first_last"), str(Recipe.parse("group_norm+ws@all+e:col"))
     (Recipe('bn+e'), 'gn:32+ws@all+e:col')
@@ -96,17 +95,7 @@ class Recipe:
 
     @classmethod
     def parse(cls, text: str) -> Recipe:
-        """Read a recipe.
-
-        Args:
-            text: in the notation above.
-
-        Returns:
-            The recipe; ``str`` of it is the one way to write it.
-
-        Raises:
-            NotationError: a word is not known, out of order or said twice; the message lists what exists.
-        """
+        """Read a recipe, of which ``str`` is the one way to write it; NotationError for what can't be read lists what exists."""
         if not isinstance(text, str):
             raise NotationError(f"recipe {text!r} is no text; wanted a norm and weight methods, e.g. 'bn+e'")
         first, *rest = _terms(text)
@@ -141,17 +130,7 @@ def apply_recipe(
 ) -> Changes:
     """Give a model the normalizations of a recipe, in place: its activation norms are converted, then weights parametrized.
 
-    Args:
-        model: any module.
-        recipe: e.g. ``"bn+e@first_last"``; see Recipe.
-        example: an input (a tensor, a tuple of arguments, or a dict of them) on which the model is run before and after, without
-            effect on it; see ``convert``. Default: None.
-        on_refusal: of what can't be converted or parametrized: ``"raise"``, or ``"leave"`` it as it is. Default: ``"raise"``.
-        optimizer: of the model's parameters; it follows, as in ``convert``. Default: None; make it afterwards then.
-
-    Returns:
-        The model (a new one only where the model itself is a norm), a row per change, what was passed over with the reason,
-        and the way back.
+    ``recipe`` is e.g. ``"bn+e@first_last"``, see Recipe; ``example``, ``on_refusal`` and ``optimizer`` are those of ``convert``.
 
     Raises:
         NotationError: the recipe can't be read.
@@ -274,12 +253,47 @@ def _attachment(weight: Weight) -> Attach:
     def lengths(layer: nn.Module, name: str) -> object:
         return weight_norm(layer, name, weight_layout(layer, name).output_axis)
 
-    known: dict[str, Attach] = {
-        "ws": weight_standardization,
-        "wn": lengths,
-        "sn": spectral_norm,
-        "e": conditioned,
-        "sc": spectral_conditioning,
-        "preconditioning": preconditioned,
-    }
+    known: dict[str, Attach] = {"ws": weight_standardization, "wn": lengths, "sn": spectral_norm, "e": conditioned}
+    known |= {"sc": spectral_conditioning, "preconditioning": preconditioned}
     return known.get(weight.word, by_card)
+
+
+class _Undo(Exception):
+    """Ends a trial."""
+
+
+def why_not(model: nn.Module, recipe: str | Recipe, example: Any = None) -> str:
+    """Why a model can't have a recipe; empty where ``apply_recipe`` would do it.
+
+    Arguments are those of ``apply_recipe``, as is NotationError; the model is left as it is.
+
+    >>> why_not(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)), "bn+ws")
+    "bn+ws: ws: 'convolutions' chooses nothing; layers with a weight that exist: 0"
+    """
+    try:
+        with forked(), transaction(model):
+            apply_recipe(model, recipe, example)
+            raise _Undo
+    except _Undo:
+        return ""
+    except SurgeryError as error:
+        return str(error)
+
+
+def applicable_words(model: nn.Module, example: Any = None) -> dict[str, str]:
+    """Every word of recipes, and why a model can't have it.
+
+    ``example`` is that of ``apply_recipe``; the model is left as it is.
+
+    Returns the reason by recipe, "" where the model can have it: the words of norms, each in the place of all the model's norms
+    (of those with groups also ``gn:gcd32``), and the words of weight methods as ``keep+ws``, each on its usual layers.
+
+    >>> found = applicable_words(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)))
+    >>> [word for word in ("bn", "rms", "dyt", "lrn", "keep+wn", "keep+ws") if not found[word]]
+    ['bn', 'rms', 'dyt', 'keep+wn']
+    """
+    cards = dict.fromkeys(norm_cards().values())
+    options = ((card.word, card.option) for card in cards)
+    grouped = [f"{word}:gcd{option.default}" for word, option in options if option and "GROUPS" in option.name]
+    recipes = ["keep", *norm_words(), *grouped, *(f"keep+{word}" for word in weight_words())]
+    return {recipe: why_not(model, recipe, example) for recipe in recipes}

@@ -1,7 +1,5 @@
 """Biases that the normalization behind them cancels."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +10,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from normkit.core.errors import SurgeryError
-from normkit.surgery.attach import tied_parameters
 from normkit.surgery.changes import Change, Changes, PassedOver, label
+from normkit.surgery.condition import tied_parameters
 from normkit.surgery.norms import describe, is_norm
 from normkit.surgery.transaction import Transaction
 from normkit.surgery.watch import Watch, forked, modes_kept, run_on, tensors_in
@@ -25,28 +23,21 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, tor
 def drop_redundant_bias(model: nn.Module, example: Any, *, optimizer: torch.optim.Optimizer | None = None) -> Changes:
     """Drop the bias of each Conv, ConvTranspose and Linear that the norm behind it cancels, in place.
 
-    A norm that subtracts each channel's own mean cancels a bias per channel: batch and instance normalization, and group
-    normalization with one channel a group. Layer normalization, and groups of several channels, subtract one mean from channels
-    with different biases: there the bias stays. Which norm is behind which layer is seen in a run on the example: the layer's
-    output must be the very input of the norm, and be read by nothing else. Then it is proved: the norm, with random parameters,
-    must give the same for that input with random numbers added to each channel, in training and in evaluation; and at last the
-    model must give what it gave, in both, or the bias is put back.
-
-    Running means take the dropped bias over, so that evaluation computes what it did.
+    Batch and instance normalization, and group normalization with one channel a group, cancel a bias per channel; layer
+    normalization, and groups of several channels, do not. Which norm is behind which layer is seen in a run on the example: the
+    layer's output must be the very input of the norm, and be read by nothing else. Then it is proved: the norm, with random
+    parameters, must give the same for that input with random numbers added to each channel, and the model what it gave, both in
+    training and evaluation. Running means take the dropped bias over, so that evaluation computes what it did.
 
     Args:
         model: any module.
         example: an input: a tensor, a tuple of arguments, or a dict of them; of several samples.
         optimizer: of the model's parameters, from which the dropped ones are taken. Default: None.
 
-    Returns:
-        The model, a row for each bias that was dropped, those passed over with a norm behind them, and the way back.
-
     Raises:
         SurgeryError: the model does not run on the example in training mode.
 
-    Reference:
-        Ioffe and Szegedy, "Batch Normalization" (2015), https://arxiv.org/abs/1502.03167, section 3.2.
+    Reference: Ioffe and Szegedy, "Batch Normalization" (2015), https://arxiv.org/abs/1502.03167, section 3.2.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1), nn.GroupNorm(2, 4))
     >>> print(drop_redundant_bias(model, torch.randn(2, 3, 5, 5)))

@@ -1,27 +1,29 @@
-"""Checkpoints from one form to another: plain, weight and spectral norm old and new, parametrized; those of flax and keras."""
-
-from __future__ import annotations
+"""Checkpoints from one form to another, in files too: weights plain, normalized or parametrized; those of flax and keras."""
 
 import copy
+import importlib
+import os
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from contextlib import suppress
+from os import PathLike, fspath
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from normkit.core.errors import SurgeryError
+from normkit.core.errors import SurgeryError, check_options
 from normkit.core.support import show
 from normkit.surgery.bake import bake
 from normkit.surgery.changes import Change, Changes, label
-from normkit.surgery.checkpoint_file import Path, read_checkpoint, write_checkpoint
-from normkit.surgery.framework import Framework, check_framework, from_framework, to_framework, to_torch
-from normkit.surgery.from_one import loads_difference
-from normkit.surgery.norms import norms_in, read_norm
+from normkit.surgery.framework import Framework, from_framework, to_framework, to_torch
+from normkit.surgery.norms import loads_difference, norms_in, read_norm
 from normkit.surgery.select import Where, choose
 from normkit.surgery.transaction import transaction
 from normkit.surgery.weight_forms import Known, translate_weight, weights_of
 
 Rename = Callable[[str], str]
+Path = str | PathLike[str]
 To = Literal["model", "plain", "flax", "keras"]
 
 
@@ -50,12 +52,10 @@ def translate(
 
     Each becomes each: a plain weight is given to a model's parametrizations by what they know as their inverse, and a normalized
     one becomes plain as g v / |v| or as W / (u W v). What a method has no room for, as the length of a spectrally normalized
-    weight, is lost. A method that forgets its raw weight's length, as weight standardization or equilibration, takes a plain
-    weight as its raw one. Another parametrization's raw weight fits the same parametrization alone. The ``gain`` of timm's scaled
-    standardized convolutions is that of ``scaled_weight_standardization``.
+    weight, is lost; one that forgets its raw weight's length, as equilibration, takes a plain weight as its raw one. Another
+    parametrization's raw weight fits the same one alone. timm's ``gain`` is that of ``scaled_weight_standardization``.
 
-    Of flax and keras, nested dicts or flat ones with ``/`` or ``.`` between the parts, names and layouts of norms and of the
-    weights that they sit on are known:
+    Of flax and keras, nested dicts or flat ones with ``/`` or ``.`` between the parts, norms and their layers are known:
 
     ================  =====================  ===============================
     here              flax                   keras
@@ -83,8 +83,7 @@ def translate(
             True for all, False for none. Default: None, those that do so in the model.
         save: path to write the result to, likewise. Default: None.
 
-    Returns:
-        A state_dict with the model's keys, every one of them, in the model's order; or with those asked for.
+    Returns a state_dict with the model's keys, every one of them, in the model's order; or with those asked for.
 
     Raises:
         SurgeryError: a key that the model wants is not there in any form, one of the checkpoint is left over, a shape differs,
@@ -99,8 +98,7 @@ def translate(
     >>> translate(nn.Linear(1, 2).state_dict(), nn.Linear(1, 2), to="flax")["params/kernel"].shape
     torch.Size([1, 2])
     """
-    check_framework("translate: source", source, get_args(Framework))
-    check_framework("translate: to", to, get_args(To))
+    check_options("translate", source=(source, Framework), to=(to, To))
     state = state_dict if isinstance(state_dict, Mapping) else read_checkpoint(state_dict)
     inward = to == "model"
     given = _read(state, model, source, rename if inward else None, from_one if inward else None)
@@ -126,11 +124,7 @@ def translate(
 
 
 def accept(
-    model: nn.Module,
-    *,
-    source: Framework = "torch",
-    rename: Rename | None = None,
-    from_one: Where | bool | None = None,
+    model: nn.Module, *, source: Framework = "torch", rename: Rename | None = None, from_one: Where | bool | None = None
 ) -> Changes:
     """Let a model's ``load_state_dict`` take what ``translate`` takes, in place: a hook translates each checkpoint first.
 
@@ -140,17 +134,8 @@ def accept(
     With ``from_one`` a state_dict of the model itself, whose gains are not to be moved again, is known by the metadata that
     torch keeps with it, also in files of ``torch.save``. Safetensors and plain dicts don't have it: ``undo()`` before those.
 
-    Args:
-        model: any module.
-        source: as for ``translate``.
-        rename: as for ``translate``; a function of a module's top level, where the model is to be pickled.
-        from_one: as for ``translate``.
-
-    Returns:
-        The model, one row, and the way back.
-
-    Raises:
-        OptionError: no such framework. Then, at each load, SurgeryError as ``translate``, but not for missing or left over keys.
+    Arguments and errors are those of ``translate``, but that missing and left over keys raise nothing; ``rename`` is a function
+    of a module's top level, where the model is to be pickled.
 
     >>> from normkit import condition
     >>> model = condition(nn.Sequential(nn.Linear(2, 3))).model
@@ -158,7 +143,7 @@ def accept(
     >>> model.load_state_dict(nn.Sequential(nn.Linear(2, 3)).state_dict())
     <All keys matched successfully>
     """
-    check_framework("accept", source, get_args(Framework))
+    check_options("accept", source=(source, Framework))
     with transaction(model) as opened:
         model.register_load_state_dict_pre_hook(_Accept(source, rename, from_one))
         if from_one is not None:
@@ -203,9 +188,8 @@ def _read(
         name = (rename or str)(key)
         if rename is None and raw in known:
             name, leaf = raw, ""  # a parameter of that very name, as ConvNeXt's gamma
-        given[name] = (
-            to_torch(layers.get(name.rpartition(".")[0]), leaf, value, key) if source in ("flax", "keras") else value
-        )
+        layer = layers.get(name.rpartition(".")[0])
+        given[name] = to_torch(layer, leaf, value, key) if source in ("flax", "keras") else value
     if len(given) != len(found):
         raise SurgeryError("translate: rename gives several keys one name")
     for prefix, offset in _offsets(model, from_one).items():
@@ -274,3 +258,41 @@ def _translated(given: Known, model: nn.Module) -> tuple[Known, set[str]]:
 
 def _some(keys: list[str]) -> str:
     return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "") if keys else "none"
+
+
+_ENDING = ".safetensors"
+
+
+def read_checkpoint(path: Path) -> Mapping[Any, Any]:
+    """The tensors in a file; nothing in it is run."""
+    if fspath(path).endswith(_ENDING):
+        return _safetensors().load_file(path)
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    held = found.get("state_dict", found) if isinstance(found, Mapping) else None
+    if held is None:
+        raise SurgeryError(f"{fspath(path)}: wanted tensors by name; got a {type(found).__name__}")
+    return held
+
+
+def write_checkpoint(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write tensors by name, each for itself where they share memory; a file that was there is whole until the new one is."""
+    part = f"{fspath(path)}.part"
+    try:
+        if fspath(path).endswith(_ENDING):
+            written = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
+            _safetensors().save_file(written, part, metadata={"format": "pt"})
+        else:
+            torch.save(dict(state), part)
+        os.replace(part, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(part)
+
+
+def _safetensors() -> Any:
+    try:
+        return importlib.import_module("safetensors.torch")
+    except ModuleNotFoundError:
+        raise SurgeryError(
+            f"{_ENDING} files need safetensors, which is not installed; pip install safetensors"
+        ) from None

@@ -1,19 +1,24 @@
 """Normalizations of weights, one method per file; each is a parametrization and a function on plain tensors."""
 
 from normkit.weights.layout import WeightLayout, weight_layout
-from normkit.weights.power_iteration import power_iteration
-from normkit.weights.preconditioning import Precondition, inverse_root_diagonal, inverse_root_rows, precondition
-from normkit.weights.scaled_weight_standardization import (
+from normkit.weights.preconditioning import (
+    Precondition,
+    SpectralConditioning,
+    inverse_root_diagonal,
+    inverse_root_rows,
+    precondition,
+    spectral_conditioning,
+)
+from normkit.weights.spectral_norm import SpectralNorm, power_iteration, spectral_norm
+from normkit.weights.weight_conditioning import Equilibrate, Temperature, weight_conditioning
+from normkit.weights.weight_norm import WeightNorm, weight_norm
+from normkit.weights.weight_standardization import (
     ScaledWeightStandardization,
+    WeightStandardization,
     nonlinearity_gain,
     scaled_weight_standardization,
+    weight_standardization,
 )
-from normkit.weights.spectral_conditioning import SpectralConditioning, spectral_conditioning
-from normkit.weights.spectral_norm import SpectralNorm, spectral_norm
-from normkit.weights.temperature import Temperature
-from normkit.weights.weight_conditioning import Equilibrate, weight_conditioning
-from normkit.weights.weight_norm import WeightNorm, weight_norm
-from normkit.weights.weight_standardization import WeightStandardization, weight_standardization
 
 __all__ = [
     "Equilibrate",

@@ -1,11 +1,11 @@
 """Weight conditioning: a diagonal preconditioner, computed from the weight, that equalizes its rows or columns."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.errors import BackendError, OptionError, check_options
 from normkit.core.moments import accumulation_dtype
 from normkit.core.rule import Rule
@@ -14,10 +14,9 @@ from normkit.core.support import Support, show
 from normkit.engine import closed_form
 from normkit.weights import kernels
 from normkit.weights.attachment import ModuleT, attach
-from normkit.weights.inverse_norm import inverse_norm
 from normkit.weights.layout import View, WeightLayout, weight_layout, weight_of
 from normkit.weights.output_scaling import Path, RowScaling, refusal, scaled_forward
-from normkit.weights.temperature import Temperature
+from normkit.weights.parametrization import inverse_norm
 
 Mode = Literal["row", "col", "rowcol", "jacobi"]
 Order = Literal["sequential", "simultaneous", "ruiz"]
@@ -50,10 +49,9 @@ class Equilibrate(RowScaling):
 
     Row mode is weight normalization with lengths frozen at 1. The gradient of the raw row is
     (dw - <dw, w> w) / norm(a_i): orthogonal to it, so that under plain gradient descent norms only grow and the effective rate
-    falls as 1 / norm^2; weight decay changes nothing but that rate. Before BatchNorm, row mode changes only the training, and the
-    function only as far as the norm's eps counts next to the variance. Here ``eps`` is a floor of the norm, not a summand, so
-    that invariance to scale is exact; a zero row stays zero, and its gradient is that of its conditioned weight divided by
-    ``eps``.
+    falls as 1 / norm^2; weight decay changes nothing but that rate. Before BatchNorm, row mode changes only the training, up to
+    the norm's eps. Here ``eps`` is a floor of the norm, so that invariance to scale is exact; a zero row stays zero, and its
+    gradient is that of its conditioned weight divided by ``eps``.
 
     Assigning ``layer.weight = W`` stores W as the raw weight: ``layer.weight`` then returns W conditioned, which is W itself
     only if its rows (columns) already have norm ``gain``. The norms of W change the effective rate, not the function.
@@ -70,16 +68,14 @@ class Equilibrate(RowScaling):
         view: what a column of a convolution is, see ``WeightLayout.columns``. Default: "operator".
         path: see ``weight_conditioning``. Default: "auto".
 
-    Shape:
-        Any of two axes or more; the output has the same shape; norms are taken in at least float32.
+    Shape: Any of two axes or more; the output has the same shape; norms are taken in at least float32.
 
     Raises:
         OptionError: an argument outside its range.
 
-    Reference:
-        Saratchandran, Wang, Lucey, "Weight Conditioning for Smooth Optimization of Neural Networks" (2024),
-        https://arxiv.org/abs/2409.03424; Ruiz, "A Scaling Algorithm to Equilibrate Both Rows and Columns Norms in
-        Matrices" (2001), https://cerfacs.fr/wp-content/uploads/2017/06/14_DanielRuiz.pdf.
+    Reference: Saratchandran, Wang, Lucey, "Weight Conditioning for Smooth Optimization of Neural Networks" (2024),
+    https://arxiv.org/abs/2409.03424; Ruiz, "A Scaling Algorithm to Equilibrate Both Rows and Columns Norms in Matrices"
+    (2001), https://cerfacs.fr/wp-content/uploads/2017/06/14_DanielRuiz.pdf.
 
     >>> Equilibrate()(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
     tensor([[0.6000, 0.8000],
@@ -126,9 +122,8 @@ class Equilibrate(RowScaling):
         elif self.order == "sequential":
             y = self._unit(self._unit(x, self.rows), self.columns)
         elif self.order == "simultaneous":
-            y = self._times(
-                self._times(x, self.rows, self._inverse(x, self.rows)), self.columns, self._inverse(x, self.columns)
-            )
+            left, right = self._inverse(x, self.rows), self._inverse(x, self.columns)
+            y = self._times(self._times(x, self.rows, left), self.columns, right)
         else:
             y = x
             for _ in range(self.iterations):
@@ -158,16 +153,9 @@ class Equilibrate(RowScaling):
         shape = self.layout.nest(weight.shape, self.view)
         if shape is None:
             return None
-        return kernels.plan_for(
-            shape,
-            weight.dtype,
-            method=self.order,
-            sets="near" if self.layout.output_axis == 0 else "apart",
-            statistic=self._statistic,
-            factor=self.gain,
-            constant=constant,
-            iterations=self.iterations,
-        )
+        sets = "near" if self.layout.output_axis == 0 else "apart"
+        how = {"statistic": self._statistic, "factor": self.gain, "constant": constant, "iterations": self.iterations}
+        return kernels.plan_for(shape, weight.dtype, method=self.order, sets=sets, **how)
 
     def check(self, weight: Tensor, trained: bool = False) -> None:
         """Refuse a weight that can't be conditioned.
@@ -178,9 +166,7 @@ class Equilibrate(RowScaling):
         """
         shape = show(weight.shape)
         if weight.dim() < 2:
-            raise OptionError(
-                f"Equilibrate: a weight of shape {shape}; wanted two axes or more, as rows and columns are scaled"
-            )
+            raise OptionError(f"Equilibrate: a weight of shape {shape}; wanted two axes or more, for rows and columns")
         if self.mode == "jacobi":
             matrix = weight.flatten(1)
             if matrix.shape[0] != matrix.shape[1] or self.layout.groups > 1:
@@ -189,9 +175,7 @@ class Equilibrate(RowScaling):
                 )
             if not torch.compiler.is_compiling() and bool((matrix.diagonal() == 0).any()):
                 at = (matrix.diagonal() == 0).nonzero()[0].item()
-                raise OptionError(
-                    f"Equilibrate: jacobi divides by the diagonal, and its element {at} is zero; use mode='row'"
-                )
+                raise OptionError(f"Equilibrate: jacobi divides by the diagonal, whose element {at} is zero; use 'row'")
         last = self.rows if self.mode == "row" else self.columns
         if (
             trained
@@ -257,26 +241,12 @@ def weight_conditioning(
     chooses the cheaper form at each call. ``layer.weight`` and the state_dict are the same in both.
     ``torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")`` bakes the conditioned weight in.
 
-    Args:
-        layer: the layer that holds the weight.
-        mode: as for ``Equilibrate``, which also describes the options below.
-        name: name of the weight. Default: "weight".
-        order: order of rowcol.
-        iterations: iterations of ruiz.
-        eps: floor of a norm.
-        gradient: ``"full"`` or ``"detach"``.
-        gain: factor of the result; ``"learned"`` for one scalar per layer that starts at 1 and is trained, a parametrization
-            of its own behind this one. Default: 1.
-        view: what a column of a convolution is.
-        path: ``"auto"``, ``"weight"`` or ``"output"``. Default: "auto".
+    ``name`` is the weight's; other arguments are those of Equilibrate. ``gain="learned"`` is one scalar per layer that starts at
+    1 and is trained, a parametrization of its own behind this one.
 
     Raises:
         OptionError: no such weight, an argument outside its range, a weight that does not fit the mode.
         BackendError: ``path="output"`` where the output can't be scaled.
-
-    Reference:
-        Saratchandran, Wang, Lucey, "Weight Conditioning for Smooth Optimization of Neural Networks" (2024),
-        https://arxiv.org/abs/2409.03424.
 
     >>> layer = weight_conditioning(nn.Linear(2, 1, bias=False))
     >>> layer.weight = torch.tensor([[30.0, 40.0]])
@@ -284,17 +254,8 @@ def weight_conditioning(
     (tensor([[0.6000, 0.8000]]), tensor([[1.4000]]))
     """
     weight = weight_of(layer, name, "weight_conditioning")
-    part = Equilibrate(
-        mode,
-        weight_layout(layer, name),
-        order=order,
-        iterations=iterations,
-        eps=eps,
-        gradient=gradient,
-        gain=1.0 if gain == "learned" else gain,
-        view=view,
-        path=path,
-    )
+    how = {"order": order, "iterations": iterations, "eps": eps, "gradient": gradient, "view": view, "path": path}
+    part = Equilibrate(mode, weight_layout(layer, name), gain=1.0 if gain == "learned" else gain, **how)
     part.check(weight, trained=weight.requires_grad)
     reason = refusal(layer, name) if mode in ("row", "jacobi") else f"mode={mode!r} scales columns too"
     if path == "output" and reason is not None:
@@ -302,9 +263,7 @@ def weight_conditioning(
     if gain != "learned":
         return attach(layer, name, part, forward=scaled_forward if reason is None else None, directed=True)
     if path == "output":
-        raise BackendError(
-            'weight_conditioning: path="output" can\'t run with gain="learned", a second parametrization; use path="auto"'
-        )
+        raise BackendError('weight_conditioning: path="output" can\'t run with gain="learned", another parametrization')
     attach(layer, name, part, directed=True)
     return attach(layer, name, Temperature(device=weight.device, dtype=weight.dtype))
 
@@ -327,9 +286,8 @@ def equilibrate(
     tensor([[0.6000, 0.8000],
             [0.8000, 0.6000]])
     """
-    part = Equilibrate(
-        mode, layout, order=order, iterations=iterations, eps=eps, gradient=gradient, gain=gain, view=view
-    )
+    how = {"order": order, "iterations": iterations, "eps": eps, "gradient": gradient}
+    part = Equilibrate(mode, layout, gain=gain, view=view, **how)
     part.check(weight)
     return part(weight)
 
@@ -341,12 +299,7 @@ CARD = Card(
     word="e",
     normalized_over="each output unit's weights",
     formula="W = E A, E = diag(1 / max(|a_i|, eps))",
-    paper=Paper(
-        "Saratchandran, Hemanth and Wang, Thomas X. and Lucey, Simon",
-        "Weight Conditioning for Smooth Optimization of Neural Networks",
-        2024,
-        "https://arxiv.org/abs/2409.03424",
-    ),
+    paper=paper("saratchandran2024weight"),
     use_cases="first convolution and last layer of convolutional networks, all layers of NeRFs and transformers; with any norm",
     strengths="no new parameters; usually lowers the weight's condition number where rows differ much; free once folded",
     weaknesses="can raise the condition number, by at most sqrt(rows); before BatchNorm it only changes the rate; rows grow",
@@ -356,3 +309,25 @@ CARD = Card(
     rule=weight_conditioning_rule(),
     invariances=frozenset({"weight scale", "row scale"}),
 )
+
+
+class Temperature(nn.Module):
+    """The parametrization that multiplies a weight by one learned scalar, which starts at 1.
+
+    After ``Equilibrate`` it restores the length that unit rows remove from a last layer: how peaked its logits can be.
+
+    >>> Temperature()(torch.ones(2)).detach()
+    tensor([1., 1.])
+    """
+
+    def __init__(self, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), device=device, dtype=dtype))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The scaled weight, of the weight's dtype."""
+        return (weight * self.scale).to(weight.dtype)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The weight that the scale maps to this one; this one itself if the scale is 0."""
+        return weight / torch.where(self.scale == 0, 1.0, self.scale).to(weight.dtype)

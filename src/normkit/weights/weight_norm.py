@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.rule import Rule
@@ -39,14 +39,12 @@ class WeightNorm(Parametrization):
         dim: the axis with one length per index; None or -1 for one length of the whole tensor. Default: 0.
         eps: floor of the norm. Default: 1e-12.
 
-    Shape:
-        g (1, ..., out, ..., 1) and v (the weight's shape); the output has the weight's shape.
+    Shape: g (1, ..., out, ..., 1) and v (the weight's shape); the output has the weight's shape.
 
     Raises:
         OptionError: the weight has no such axis.
 
-    Reference:
-        Salimans and Kingma, "Weight Normalization" (2016), https://arxiv.org/abs/1602.07868.
+    Reference: Salimans and Kingma, "Weight Normalization" (2016), https://arxiv.org/abs/1602.07868.
 
     >>> WeightNorm()(torch.tensor([[2.0]]), torch.tensor([[3.0, 4.0]]))
     tensor([[1.2000, 1.6000]])
@@ -90,17 +88,10 @@ def weight_norm(layer: ModuleT, name: str = "weight", dim: int | None = 0, *, ep
     (``parametrizations.weight.original0`` is g, ``original1`` is v), and no NaN from a zero row. Two new parameters replace
     the weight: pass them to the optimizer. Checkpoints with the older ``weight_g`` and ``weight_v`` load too.
 
-    Args:
-        layer: the layer that holds the weight.
-        name: name of the weight. Default: "weight".
-        dim: the axis with one length per index, 1 for transposed convolutions; None for one length. Default: 0.
-        eps: floor of the norm. Default: 1e-12.
+    ``dim`` and ``eps`` are those of WeightNorm: 1 for transposed convolutions.
 
     Raises:
         OptionError: no such weight or axis, or the weight is already parametrized.
-
-    Reference:
-        Salimans and Kingma, "Weight Normalization" (2016), https://arxiv.org/abs/1602.07868.
 
     >>> layer = weight_norm(nn.Linear(2, 1))
     >>> layer.weight = torch.tensor([[3.0, 4.0]])
@@ -131,10 +122,6 @@ def rescale(g: Tensor, v: Tensor, dim: int | None = 0, eps: float = 1e-12) -> Te
     return WeightNorm(dim, eps)(g, v)
 
 
-def _on_outputs(layer: nn.Module) -> nn.Module:
-    return weight_norm(layer, dim=weight_layout(layer).output_axis)
-
-
 CARD = Card(
     name="weight_norm",
     title="Weight normalization",
@@ -142,18 +129,13 @@ CARD = Card(
     word="wn",
     normalized_over="each output unit's weights",
     formula="w = g * v / max(|v|, eps)",
-    paper=Paper(
-        "Salimans, Tim and Kingma, Diederik P.",
-        "Weight Normalization: A Simple Reparameterization to Accelerate Training of Deep Neural Networks",
-        2016,
-        "https://arxiv.org/abs/1602.07868",
-    ),
+    paper=paper("salimans2016weight"),
     use_cases="recurrent and generative networks, reinforcement learning, audio: where batches are small or noisy",
     strengths="independent of the data; no difference between training and inference; free once folded",
     weaknesses="does not bound activations; needs a good initialization; lengths grow with the learning rate",
     module=WeightNorm,
     functional=rescale,
-    make=_on_outputs,
+    make=lambda layer: weight_norm(layer, dim=weight_layout(layer).output_axis),
     rule=weight_norm_rule(),
     invariances=frozenset({"weight scale", "row scale"}),
 )

@@ -1,7 +1,5 @@
 """Whether a norm lets tokens of a causal model see later ones: seen by changing later tokens, not guessed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial

@@ -1,7 +1,5 @@
 """The audit and its table of checks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -46,17 +44,15 @@ def audit(
             first floating tensor of the outputs from random numbers.
         forward: ``forward(model, batch)`` runs the model, in place of the above. Default: None.
 
-    Returns:
-        The findings, the most severe first; empty if nothing was found.
+    Returns the findings, the most severe first; empty if nothing was found.
 
     Raises:
         OptionError: a parameter has no size yet, the batch is a ``DataLoader``, or the optimizer has none of the parameters.
         Exception: whatever the model raises on the batch.
 
-    Reference:
-        Ioffe and Szegedy (2015), https://arxiv.org/abs/1502.03167, section 3.2, for the bias; Wu and He (2018),
-        https://arxiv.org/abs/1803.08494, figure 1, for small batches; Henry et al. (2020), https://arxiv.org/abs/2010.04245, for
-        attention's logits.
+    Reference: Ioffe and Szegedy (2015), https://arxiv.org/abs/1502.03167, section 3.2, for the bias; Wu and He (2018),
+    https://arxiv.org/abs/1803.08494, figure 1, for small batches; Henry et al. (2020),
+    https://arxiv.org/abs/2010.04245, for attention's logits.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     >>> (found,) = audit(model, torch.randn(16, 3, 8, 8))
@@ -65,8 +61,6 @@ def audit(
     >>> print(found.fix())
     layer  before  after    note
     0      bias    no bias  BatchNorm2d(8) cancels it
-    >>> print(audit(model, torch.randn(16, 3, 8, 8)))
-    nothing found
     """
     seen = prepare(model, batch, optimizer, forward)
     with as_it_was(model):

@@ -26,22 +26,15 @@ _SHOWN = 3  # rows of one kind in the table; a deep network repeats its mistake 
 class Finding:
     """One normalization mistake in one module.
 
-    Args:
-        kind: what it is, a key of the table of checks.
-        module: the name of the module, as ``named_modules`` gives it; the model itself is ``"(model)"``.
-        evidence: what was measured, by name.
-        severity: ``"info"``, ``"warning"`` or ``"error"``.
-        cure: what to do, on one line.
-
     >>> print(Finding("vanishing_eps", "norm", {"eps": 0.0}, "warning", "raise eps"))
     warning: norm: vanishing_eps (eps 0): raise eps
     """
 
-    kind: str
-    module: str
-    evidence: Evidence
-    severity: Severity
-    cure: str
+    kind: str  # what it is, a key of the table of checks
+    module: str  # the name of the module, as ``named_modules`` gives it; the model itself is ``"(model)"``
+    evidence: Evidence  # what was measured, by name
+    severity: Severity  # ``"info"``, ``"warning"`` or ``"error"``
+    cure: str  # what to do, on one line
     _fix: Callable[[], Changes] | None = field(default=None, repr=False, compare=False)
 
     @property

@@ -1,10 +1,9 @@
 """One forward and one backward pass under hooks, which keep numbers and no activations."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import random
+import re
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -21,9 +20,9 @@ from torch.utils.data import DataLoader
 from normkit.catalogue.citation import card_of
 from normkit.core.errors import OptionError, ShapeError, SurgeryError
 from normkit.core.support import Support
-from normkit.diagnostics.audit.attention import Logits
 from normkit.diagnostics.subject import is_reentrant, refuse_lazy
 from normkit.engine.layer import Layer
+from normkit.engine.onlooker import Onlooker
 from normkit.engine.plan import is_dense
 from normkit.surgery.changes import label
 from normkit.surgery.norms import Norm, is_norm, reach, read_norm
@@ -319,3 +318,52 @@ def _take_gradient(norm: Seen, channel: int, gradient: Tensor) -> None:
     found = _wide(gradient.detach()).movedim(channel, 0).flatten(1).abs().mean(1)
     norm.gradient = found if norm.gradient is None else torch.maximum(norm.gradient, found)
     norm.rows += gradient.numel() // len(found)
+
+
+_ATTENDS = re.compile("att(e)?n|mha", re.IGNORECASE)
+_SOFTMAX = ("aten._softmax.default", "aten._safe_softmax.default")
+_MASKED = -9e3  # most models add -1e4 or less to a masked logit; where it is -100, the largest is not among those
+_QUERIES = 256  # of each head, evenly spaced: a largest logit needs no more, and all would be a second attention
+
+
+class Logits(Onlooker):
+    """Sees the largest logit and the entropy of attention, by the module that attends."""
+
+    def __init__(self, model: nn.Module, stack: ExitStack) -> None:
+        super().__init__()
+        self._scope: list[tuple[str, bool]] = []
+        self._seen: dict[str, list[tuple[float, float]]] = {}
+        for name, module in model.named_modules():
+            entry = name, bool(_ATTENDS.search(type(module).__name__))
+            stack.callback(module.register_forward_pre_hook(lambda *_, e=entry: self._scope.append(e)).remove)
+            stack.callback(module.register_forward_hook(lambda *_: self._leave(), always_call=True).remove)
+
+    def _leave(self) -> None:
+        if self._scope:
+            self._scope.pop()
+
+    def found(self) -> dict[str, tuple[float, float]]:
+        """The largest logit and the mean entropy, relative to that of uniform weights, by module."""
+        return {name: (max(a for a, _ in got), sum(b for _, b in got) / len(got)) for name, got in self._seen.items()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if name in _SOFTMAX:
+            if args[0].dim() > 2 and any(attends for _, attends in self._scope):
+                rows = args[0].detach().flatten(0, -2)
+                self._take(rows[:: max(1, len(rows) // 4096)])
+        elif "scaled_dot_product" in name and "backward" not in name:
+            query, key, scale = args[0].detach(), args[1].detach().float(), (kwargs or {}).get("scale")
+            if query.shape[-3] != key.shape[-3]:  # grouped queries
+                key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+            query = query[..., :: max(1, query.shape[-2] // _QUERIES), :].float()
+            self._take(query @ key.transpose(-1, -2) * (scale or query.shape[-1] ** -0.5))
+        return func(*args, **(kwargs or {}))
+
+    def _take(self, logits: Tensor) -> None:
+        wide, keys = logits.float(), logits.shape[-1]
+        seen = wide > _MASKED
+        if keys > 1 and seen.any():
+            inner = [name for name, attends in self._scope if attends] or [name for name, _ in self._scope] or [""]
+            entropy = torch.special.entr(wide.masked_fill(~seen, -math.inf).softmax(-1)).sum(-1) / math.log(keys)
+            self._seen.setdefault(inner[-1], []).append((float(wide[seen].max()), float(entropy.nanmean())))

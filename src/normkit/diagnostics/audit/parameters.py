@@ -1,7 +1,5 @@
 """Checks of parameters: biases without effect, decayed or misread gains, rows and eps of zero."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -16,7 +14,7 @@ from normkit.diagnostics.audit.finding import Row, check
 from normkit.diagnostics.audit.observe import Observed, Seen, as_it_was
 from normkit.surgery.changes import Change, Changes, label
 from normkit.surgery.decay import param_groups
-from normkit.surgery.from_one import FromOne
+from normkit.surgery.norms import FromOne
 from normkit.surgery.redundant_bias import drop_redundant_bias
 from normkit.surgery.transaction import transaction
 from normkit.weights.layout import hooked_weight, weight_layout

@@ -1,7 +1,5 @@
 """Checks of running statistics: wrong numbers, old numbers, and numbers that will move again."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -13,8 +11,7 @@ from normkit.catalogue.citation import card_of
 from normkit.diagnostics.audit.finding import Row, check
 from normkit.diagnostics.audit.observe import Observed, Seen
 from normkit.surgery.changes import Changes
-from normkit.surgery.freeze import freeze, is_frozen
-from normkit.surgery.recalibrate import recalibrate
+from normkit.surgery.recalibrate import freeze, is_frozen, recalibrate
 from normkit.weights.layout import weight_layout, weight_of
 
 _ENOUGH = 16.0  # effective samples, below which a batch says little about running statistics

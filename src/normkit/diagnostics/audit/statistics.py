@@ -1,7 +1,5 @@
 """Checks of calls: statistics over too little, other layouts, places that share a norm, dead channels, large logits."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from functools import partial

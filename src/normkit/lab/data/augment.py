@@ -19,13 +19,7 @@ class FlipAndCrop:
     The rectangle's area is uniform in `scale` times the image's, its width / height log-uniform in `ratio` times the image's,
     both rounded to whole pixels and redrawn until it fits; its place is uniform. Images are ``(n, c, h, w)`` floats.
 
-    Reference:
-        Szegedy et al. 2015, Going deeper with convolutions, https://arxiv.org/abs/1409.4842, section 6
-
-    >>> mirror, x = FlipAndCrop(scale=(1, 1), ratio=(1, 1), flip=1), torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
-    >>> mirror(x, torch.Generator())
-    tensor([[[[2., 1.],
-              [4., 3.]]]])
+    Reference: Szegedy et al. 2015, Going deeper with convolutions, https://arxiv.org/abs/1409.4842, section 6
     """
 
     scale: tuple[float, float] = (0.8, 1.0)  # least and greatest part of the area

@@ -24,8 +24,7 @@ def blender(root: Path | None = None, scene: str = "lego", reduce: int = 2) -> S
 
     `reduce` averages squares of that many pixels per side: 800 pixels to 400, as published.
 
-    Reference:
-        Mildenhall et al. 2020, NeRF, https://arxiv.org/abs/2003.08934
+    Reference: Mildenhall et al. 2020, NeRF, https://arxiv.org/abs/2003.08934
     """
     folder = scene_folder(root, FOLDER, scene, _CURE)
     learn, judge = (_read_cameras(folder / f"transforms_{part}.json") for part in ("train", "test"))

@@ -26,13 +26,7 @@ def crossings(vertices: np.ndarray, faces: np.ndarray, lines: np.ndarray) -> Ite
     up, the same for all triangles; so a line crosses a closed surface an even number of times, whatever it meets.
     Vertices ``(v, 3)``, faces ``(f, 3)`` as rows of vertices, lines ``(n, 2)`` as x and y of each.
 
-    Reference:
-        Edelsbrunner and Mücke 1990, Simulation of simplicity, https://doi.org/10.1145/77635.77639
-
-    >>> vertices = np.array([[0.0, 0, 1], [1, 0, 1], [0, 1, 3]])
-    >>> found = next(crossings(vertices, np.array([[0, 1, 2]]), np.array([[0.25, 0.25], [2.0, 2.0]])))
-    >>> found.line.tolist(), found.height.tolist()
-    ([0], [1.5])
+    Reference: Edelsbrunner and Mücke 1990, Simulation of simplicity, https://doi.org/10.1145/77635.77639
     """
     if not len(faces):
         return

@@ -15,11 +15,7 @@ def digits() -> Data:
     Shape:
         Inputs ``(n, 1, 8, 8)`` float32, targets ``(n,)`` int64.
 
-    Reference:
-        Alpaydin and Kaynak 1998, https://archive.ics.uci.edu/dataset/80
-
-    >>> [len(split) for split in digits().splits.values()]
-    [719, 359, 719]
+    Reference: Alpaydin and Kaynak 1998, https://archive.ics.uci.edu/dataset/80
     """
     from sklearn.datasets import load_digits
 

@@ -64,8 +64,7 @@ def imagefolder(
         OptionError: `size`, `classes` or a subset is outside its range.
         ProtocolError: a folder or file is missing, empty, or not what it should be.
 
-    Reference:
-        Deng et al. 2009, ImageNet: a large-scale hierarchical image database, https://www.image-net.org
+    Reference: Deng et al. 2009, ImageNet: a large-scale hierarchical image database, https://www.image-net.org
     """
     if size < 1:
         raise OptionError(f"size is {size}; wanted at least 1 pixel")

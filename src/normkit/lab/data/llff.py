@@ -27,8 +27,7 @@ def llff(root: Path | None = None, scene: str = "fern", reduce: int = 1) -> Scen
     Poses are recentred on their mean and scaled so that the nearest bound lies at 4/3. `reduce` averages squares of that
     many pixels per side.
 
-    Reference:
-        Mildenhall et al. 2019, Local light field fusion, https://arxiv.org/abs/1905.00889
+    Reference: Mildenhall et al. 2019, Local light field fusion, https://arxiv.org/abs/1905.00889
     """
     folder = scene_folder(root, FOLDER, scene, _CURE)
     rows = _read_poses(folder / "poses_bounds.npy")
@@ -65,10 +64,6 @@ def recentre(poses: np.ndarray) -> np.ndarray:
     """Moves the world so that the mean camera sits at the origin, looks along -z and has y above it.
 
     The mean camera looks back along the sum of the backward axes; its up is the part of the summed up axes across that.
-
-    >>> pose = np.array([[[1.0, 0, 0, 5], [0, 1, 0, 6], [0, 0, 1, 7]]])
-    >>> recentre(pose)[0].tolist()
-    [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]]
     """
     back = _unit(poses[:, :, 2].sum(0))
     right = _unit(np.cross(poses[:, :, 1].sum(0), back))

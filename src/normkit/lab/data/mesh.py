@@ -22,12 +22,7 @@ _CURE = (
 
 
 def volume(vertices: np.ndarray, faces: np.ndarray) -> float:
-    """Measures what a closed surface encloses, sum of det(a, b, c) / 6 over its triangles; below 0 where it is inside out.
-
-    >>> corners = np.array([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
-    >>> round(volume(corners, np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])), 4)
-    0.1667
-    """
+    """Measures what a closed surface encloses, sum of det(a, b, c) / 6 over its triangles; below 0 where it is inside out."""
     a, b, c = (vertices[faces[:, corner]] for corner in range(3))
     return float((a * np.cross(b, c)).sum()) / 6
 
@@ -76,8 +71,7 @@ def mesh(name: str, root: Path | None = None) -> MeshSolid:
 def read_mesh(path: Path) -> MeshSolid:
     """Reads a mesh; vertices that differ in texture or normal alone are one.
 
-    Reference:
-        trimesh, https://trimesh.org
+    Reference: trimesh, https://trimesh.org
     """
     import trimesh
 

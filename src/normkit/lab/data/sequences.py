@@ -22,10 +22,6 @@ def draw(task: str, samples: int, length: int, vocabulary: int = 16) -> tuple[Te
     ========  =========================================================================================================
 
     Tokens and targets are both (samples, length).
-
-    >>> _ = torch.manual_seed(0)
-    >>> draw("sort", 1, 6)
-    (tensor([[12, 15,  5,  0,  3, 11]]), tensor([[ 0,  3,  5, 11, 12, 15]]))
     """
     if task not in TASKS:
         raise OptionError(f"draw: there is no task {task!r}; there are {', '.join(TASKS)}")
@@ -44,23 +40,14 @@ def draw(task: str, samples: int, length: int, vocabulary: int = 16) -> tuple[Te
 
 @lru_cache
 def text() -> tuple[Tensor, str]:
-    """Gives two chapters of "Alice's Adventures in Wonderland" (Lewis Carroll, 1865) as numbers, and what characters there are.
-
-    >>> codes, characters = text()
-    >>> len(codes), len(characters), "".join(characters[code] for code in codes[11:31])
-    (22165, 65, 'Down the Rabbit-Hole')
-    """
+    """Gives two chapters of "Alice's Adventures in Wonderland" (Lewis Carroll, 1865) as numbers, and their characters."""
     content = (Path(__file__).parent / "alice.txt").read_text("ascii")
     characters = "".join(sorted(set(content)))
     return torch.tensor([characters.index(letter) for letter in content]), characters
 
 
 def guess(task: str, vocabulary: int = 16) -> float:
-    """The loss, in nats a token, of one who knows how often each token is asked for but looks at nothing.
-
-    >>> round(guess("copy"), 4), round(guess("text"), 4)
-    (2.7726, 3.105)
-    """
+    """The loss, in nats a token, of one who knows how often each token is asked for but looks at nothing."""
     if task != "text":
         return torch.tensor(float(vocabulary)).log().item()
     codes, characters = text()

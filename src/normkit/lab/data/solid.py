@@ -62,11 +62,7 @@ class Shape:
 
 
 def torus(ring: float = 0.6, tube: float = 0.25) -> Shape:
-    """A torus about z of ring R and tube r; its volume is 2 pi^2 R r^2.
-
-    >>> torus().inside(torch.tensor([[0.6, 0.0, 0.0], [0.0, 0.0, 0.0]])).tolist()
-    [True, False]
-    """
+    """A torus about z of ring R and tube r; its volume is 2 pi^2 R r^2."""
 
     def value(p: Tensor) -> Tensor:
         return torch.hypot(torch.hypot(p[:, 0], p[:, 1]) - ring, p[:, 2]) - tube
@@ -122,10 +118,6 @@ def draw_points(solid: Solid, count: int, seed: int, near: float = 0.5) -> tuple
 
 
 def iou(guess: Tensor, truth: Tensor) -> float:
-    """Intersection over union of two sets of points; 1 when both are empty.
-
-    >>> iou(torch.tensor([True, True, False]), torch.tensor([True, False, False]))
-    0.5
-    """
+    """Intersection over union of two sets of points; 1 when both are empty."""
     union = int((guess | truth).sum())
     return int((guess & truth).sum()) / union if union else 1.0

@@ -112,10 +112,6 @@ def hold_out(split: Split, fraction: float, seed: int = 0) -> tuple[Split, Split
     """Parts a split in two, the same way each time, with each class in proportion where there are classes.
 
     Gives what is left, and what was held out.
-
-    >>> rest, held = hold_out(Split(torch.arange(20) % 2, torch.zeros(20, 3)), 0.2)
-    >>> len(rest), len(held), held.targets.sum().item()
-    (16, 4, 2)
     """
     order = np.random.default_rng(seed).permutation(len(split))
     held = np.zeros(len(split), dtype=bool)
@@ -137,10 +133,6 @@ def subset(split: Split, count: int) -> Split:
     """Draws `count` samples, the same each time, with each class in proportion where there are classes.
 
     A smaller subset is part of a larger one.
-
-    >>> drawn = subset(Split(torch.arange(20) % 2, torch.arange(20)), 6)
-    >>> len(drawn), drawn.targets.sum().item()
-    (6, 3)
     """
     if not 1 <= count <= len(split):
         raise OptionError(f"a subset of {count} is wanted of {len(split)} samples; wanted from 1 to {len(split)}")

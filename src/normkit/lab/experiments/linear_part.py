@@ -51,12 +51,7 @@ class Training:
 
 
 def linear_share(x: Tensor, y: Tensor) -> float:
-    """The part of the variance of y that an affine map of x explains.
-
-    >>> x = torch.randn(50, 3, dtype=torch.float64)
-    >>> round(linear_share(x, 2 * x[:, :1] + 1), 6)
-    1.0
-    """
+    """The part of the variance of y that an affine map of x explains."""
     wide = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1).double()
     rest = y.double() - wide @ torch.linalg.lstsq(wide, y.double()).solution
     return 1 - (rest.square().sum() / (y - y.mean(0)).double().square().sum()).item()

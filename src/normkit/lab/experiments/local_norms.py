@@ -16,8 +16,7 @@ from typing import Any
 from torch import nn
 
 from normkit.activations.batch_norm import BatchNorm
-from normkit.activations.local_contrast_norm import LocalContrastNorm
-from normkit.activations.local_response_norm import CARD, LocalResponseNorm
+from normkit.activations.local_response_norm import CARD, LocalContrastNorm, LocalResponseNorm
 from normkit.lab.experiments.small_table import Plan, Training, learn, turned
 from normkit.lab.models.noisy_norm import Shift
 from normkit.lab.models.small_cnn import SmallCNN

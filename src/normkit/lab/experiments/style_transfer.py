@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normkit.activations.adaptive_instance_norm import adaptive_instance_norm
+from normkit.activations.instance_norm import adaptive_instance_norm
 from normkit.catalogue.methods import method
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments import runs

@@ -135,8 +135,7 @@ def extract(logits: Callable[[Tensor], Tensor], grid: int) -> tuple[np.ndarray, 
     Gives vertices ``(v, 3)`` and faces ``(f, 3)``, counter-clockwise from outside; empty where there is no surface. What leaves
     the cube is closed at its wall.
 
-    Reference:
-        Lorensen and Cline 1987, Marching cubes, https://doi.org/10.1145/37402.37422
+    Reference: Lorensen and Cline 1987, Marching cubes, https://doi.org/10.1145/37402.37422
     """
     from skimage.measure import marching_cubes
 

@@ -33,12 +33,7 @@ class Shade:
 
 
 def even_depths(rays: Rays, samples: int, *, jitter: bool = False) -> Tensor:
-    """Cuts every ray into intervals of one length, and takes the middle, or with `jitter` a random point, of each.
-
-    >>> rays = Rays(torch.zeros(1, 3), torch.ones(1, 3), torch.ones(1, 3), 0.0, 4.0)
-    >>> even_depths(rays, 4).tolist()
-    [[0.5, 1.5, 2.5, 3.5]]
-    """
+    """Cuts every ray into intervals of one length, and takes the middle, or with `jitter` a random point, of each."""
     shape, device = (len(rays), samples), rays.origins.device
     inside = torch.rand(shape, device=device) if jitter else torch.full(shape, 0.5, device=device)
     return rays.near + (rays.far - rays.near) / samples * (torch.arange(samples, device=device) + inside)
@@ -51,12 +46,7 @@ def weighted_depths(depths: Tensor, weights: Tensor, samples: int, *, jitter: bo
 
     u is at the middles of equal parts, or with `jitter` random and uniform, which leaves what is drawn unordered.
 
-    Reference:
-        Mildenhall et al. 2020, NeRF, section 5.2, https://arxiv.org/abs/2003.08934
-
-    >>> depths = torch.tensor([[0.5, 1.5, 2.5, 3.5]])
-    >>> weighted_depths(depths, torch.tensor([[0.0, 0.0, 1.0, 0.0]]), 2)
-    tensor([[2.2500, 2.7500]])
+    Reference: Mildenhall et al. 2020, NeRF, section 5.2, https://arxiv.org/abs/2003.08934
     """
     edges = 0.5 * (depths[:, 1:] + depths[:, :-1])
     parts = weights[:, 1:-1] + _FLOOR
@@ -83,13 +73,7 @@ def composite(
     with s_i the positive part of the raw density and d_i the distance to the next sample; beyond the last one lies nothing
     but itself. `lengths` of the rays' directions make distances of ascending depths; `noise` is added to raw densities.
 
-    Reference:
-        Max 1995, Optical models for direct volume rendering, https://doi.org/10.1109/2945.468400
-
-    >>> depths = torch.tensor([[0.0, 1.0]])
-    >>> shade = composite(torch.ones(1, 2, 3), torch.tensor([[0.6931, 0.0]]), depths, torch.ones(1))
-    >>> shade.opacity
-    tensor([0.5000])
+    Reference: Max 1995, Optical models for direct volume rendering, https://doi.org/10.1109/2945.468400
     """
     if noise:
         density = density + noise * torch.randn_like(density)
@@ -143,11 +127,7 @@ def render_view(
 
 
 def psnr(error: float) -> float:
-    """Turns a mean squared error of colours from 0 to 1 into decibels, -10 log10(error).
-
-    >>> psnr(0.01)
-    20.0
-    """
+    """Turns a mean squared error of colours from 0 to 1 into decibels, -10 log10(error)."""
     import math
 
     return -10 * math.log10(max(error, 1e-12))

@@ -127,11 +127,7 @@ def look(generator: PointGenerator, critic: nn.Module) -> dict[str, Any]:
 
 
 def coverage(points: Tensor) -> tuple[int, float]:
-    """Modes that at least a fiftieth of the points is near to, and the share of points near to any: three deviations.
-
-    >>> coverage(centres().repeat(5, 1))
-    (8, 1.0)
-    """
+    """Modes that at least a fiftieth of the points is near to, and the share of points near to any: three deviations."""
     nearest = torch.cdist(points, centres()).min(dim=1)
     near = nearest.values < 3 * STD
     counts = torch.bincount(nearest.indices[near], minlength=8)

@@ -123,10 +123,5 @@ def look(job: Start, folder: Path) -> dict[str, Any]:
 
 
 def gradient_norms(loss: Tensor, weights: Sequence[Tensor], keep: bool = False) -> list[float]:
-    """The Euclidean norms of a loss's gradients by each of some weights; the graph is kept if asked.
-
-    >>> first, second = torch.tensor(2.0, requires_grad=True), torch.tensor(3.0, requires_grad=True)
-    >>> gradient_norms(second * first * 5, [first, second])
-    [15.0, 10.0]
-    """
+    """The Euclidean norms of a loss's gradients by each of some weights; the graph is kept if asked."""
     return [gradient.norm().item() for gradient in torch.autograd.grad(loss, weights, retain_graph=keep)]

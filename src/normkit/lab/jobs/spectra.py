@@ -8,7 +8,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from normkit.lab.train.walk import Diverged
 from normkit.surgery.reassign_spectral import reassign_spectral_
-from normkit.weights.power_iteration import power_iteration
+from normkit.weights.spectral_norm import power_iteration
 
 CLIP = 0.1
 TOLERANCE = 1e-3
@@ -100,11 +100,7 @@ def error(matrix: Tensor, u: Tensor, v: Tensor) -> float:
 
 
 def needed(matrix: Tensor, u: Tensor | None = None, v: Tensor | None = None, done: int = 0, limit: int = 200) -> int:
-    """Power iterations up to an error of sigma of a thousandth, from given vectors, which had `done` already, or random ones.
-
-    >>> needed(torch.diag(torch.tensor([2.0, 1.0])), v=torch.tensor([1.0, 0.0]))
-    1
-    """
+    """Power iterations up to an error of sigma of a thousandth, from given vectors, which had `done` already, or random ones."""
     if done and u is not None and v is not None and error(matrix, u, v) <= TOLERANCE:
         return done
     for count in range(done + 1, limit + 1):

@@ -47,9 +47,6 @@ class DenseNet(nn.Module):
     Reference:
         Huang et al. 2017, Densely connected convolutional networks, https://arxiv.org/abs/1608.06993; this small form:
         Lippe 2024, UvA Deep Learning Tutorials, https://uvadlc-notebooks.readthedocs.io, tutorial 5.
-
-    >>> [sum(p.numel() for p in DenseNet(classes).parameters()) for classes in (10, 100)]
-    [239146, 255796]
     """
 
     def __init__(self, classes: int = 10, width: float = 1.0) -> None:

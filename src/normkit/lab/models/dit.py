@@ -13,10 +13,6 @@ def dit_block(features: int, heads: int) -> AdaLayerNormZeroBlock:
     """Makes a DiT block: attention and MLP, each after layer normalization modulated by a condition, gated from zero.
 
     Shape: tokens ``(n, l, features)`` and condition ``(n, features)`` to ``(n, l, features)``.
-
-    >>> block, tokens = dit_block(8, 2), torch.randn(1, 5, 8)
-    >>> bool((block(tokens, torch.randn(1, 8)) == tokens).all())  # at the start the block is the identity
-    True
     """
     return AdaLayerNormZeroBlock(features, features, Attention(features, heads), Mlp(features, 4 * features))
 
@@ -47,12 +43,7 @@ class DiT(nn.Module):
         OptionError: `patch` does not divide `size`, or `heads` does not divide `features`.
         ShapeError: the images have another size.
 
-    Reference:
-        Peebles and Xie 2023, Scalable diffusion models with transformers, https://arxiv.org/abs/2212.09748
-
-    >>> model = DiT(size=8, features=16, depth=1, heads=2)
-    >>> model(torch.randn(2, 3, 8, 8), torch.tensor([0.0, 500.0]), torch.tensor([1, 10])).abs().max().item()
-    0.0
+    Reference: Peebles and Xie 2023, Scalable diffusion models with transformers, https://arxiv.org/abs/2212.09748
     """
 
     def __init__(
@@ -94,11 +85,7 @@ class DiT(nn.Module):
 
 
 def grid_positions(side: int, features: int) -> Tensor:
-    """Gives each place of a grid cosines and sines of its row and column: a quarter of `features`, a multiple of 4, of each.
-
-    >>> grid_positions(2, 4)[3]  # row 1, column 1: sin, cos of the column, then of the row
-    tensor([0.8415, 0.5403, 0.8415, 0.5403])
-    """
+    """Gives each place of a grid cosines and sines of its row and column: a quarter of `features`, a multiple of 4, of each."""
     frequency = torch.exp(-math.log(10_000.0) * torch.arange(features // 4) / (features // 4))
     waves = torch.arange(side)[:, None] * frequency
     line = torch.cat([waves.sin(), waves.cos()], dim=-1)

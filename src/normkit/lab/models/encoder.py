@@ -7,10 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from normkit.activations.fix_norm import FixNorm
 from normkit.activations.layer_norm import LayerNorm
 from normkit.activations.rms_norm import RMSNorm
-from normkit.activations.scale_norm import ScaleNorm
+from normkit.activations.scale_norm import FixNorm, ScaleNorm
 from normkit.core.errors import OptionError
 from normkit.lab.models.vit import Attention
 from normkit.residual import Residual, Scheme, places
@@ -54,10 +53,6 @@ class Encoder(nn.Module):
     Reference:
         Vaswani et al. 2017, Attention Is All You Need, https://arxiv.org/abs/1706.03762; both placements, Xiong et al. 2020,
         On Layer Normalization in the Transformer Architecture, https://arxiv.org/abs/2002.04745
-
-    >>> model = Encoder(16, 24)
-    >>> model(torch.zeros(2, 24, dtype=torch.long)).shape, sum(p.numel() for p in model.layers.parameters())
-    (torch.Size([2, 24, 16]), 2379264)
     """
 
     def __init__(

@@ -11,11 +11,7 @@ SLOPE = 0.1
 def ring(
     samples: int, generator: torch.Generator | None = None, modes: int = 8, radius: float = 2.0, std: float = 0.05
 ) -> Tensor:
-    """Draws `samples` points (samples, 2) from a mixture of equal Gaussians whose means lie on a circle.
-
-    >>> ring(1000, torch.Generator().manual_seed(0)).norm(dim=1).mean().round(decimals=2)
-    tensor(2.)
-    """
+    """Draws `samples` points (samples, 2) from a mixture of equal Gaussians whose means lie on a circle."""
     which = torch.randint(modes, (samples,), generator=generator)
     return centres(modes, radius)[which] + std * torch.randn(samples, 2, generator=generator)
 
@@ -27,11 +23,7 @@ def centres(modes: int = 8, radius: float = 2.0) -> Tensor:
 
 
 class PointGenerator(nn.Sequential):
-    """A perceptron with two hidden layers from noise (N, noise) to points (N, 2).
-
-    >>> sum(p.numel() for p in PointGenerator().parameters())
-    4866
-    """
+    """A perceptron with two hidden layers from noise (N, noise) to points (N, 2)."""
 
     def __init__(self, noise: int = 8, hidden: int = 64) -> None:
         self.noise = noise
@@ -41,11 +33,7 @@ class PointGenerator(nn.Sequential):
 
 
 class PointDiscriminator(nn.Sequential):
-    """A perceptron from points (N, 2) to one number (N, 1); its activations are Lipschitz with constant 1.
-
-    >>> sum(p.numel() for p in PointDiscriminator().parameters())
-    4417
-    """
+    """A perceptron from points (N, 2) to one number (N, 1); its activations are Lipschitz with constant 1."""
 
     def __init__(self, hidden: int = 64) -> None:
         super().__init__(
@@ -64,9 +52,6 @@ class ImageGenerator(nn.Sequential):
 
     Reference:
         Miyato et al. 2018, Spectral Normalization for Generative Adversarial Networks, https://arxiv.org/abs/1802.05957, table 3
-
-    >>> sum(p.numel() for p in ImageGenerator().parameters())
-    3811907
     """
 
     def __init__(self, noise: int = 128, channels: int = 512) -> None:
@@ -84,9 +69,6 @@ class ImageDiscriminator(nn.Sequential):
     Spectral normalization comes on by ``normkit.apply_recipe(model, "keep+sn")``. Source: as :class:`ImageGenerator`.
 
     Shape: (N, 3, 32, 32) to (N, 1); `channels` of the first two convolutions are doubled by each step.
-
-    >>> sum(p.numel() for p in ImageDiscriminator().parameters())
-    2935873
     """
 
     def __init__(self, channels: int = 64) -> None:

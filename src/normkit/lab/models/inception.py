@@ -70,8 +70,7 @@ class Inception(nn.Module):
 
     Shape: ``(n, channels, h, w)`` to ``(n, classes)``; the blocks begin with the stem's channels.
 
-    Reference:
-        Szegedy et al. 2015, Going deeper with convolutions, https://arxiv.org/abs/1409.4842
+    Reference: Szegedy et al. 2015, Going deeper with convolutions, https://arxiv.org/abs/1409.4842
     """
 
     def __init__(
@@ -128,11 +127,7 @@ FULL: tuple[Block | None, ...] = (
 
 
 def digits_inception(classes: int = 10) -> Inception:
-    """Makes the network that ``normkit compare`` trains by default, of three blocks, for images ``(n, 1, 8, 8)``.
-
-    >>> sum(p.numel() for p in digits_inception().parameters())
-    7390
-    """
+    """Makes the network that ``normkit compare`` trains by default, of three blocks, for images ``(n, 1, 8, 8)``."""
     return Inception((ConvUnit(1, 16, 3),), DIGITS, classes)
 
 
@@ -144,9 +139,6 @@ def inception8(classes: int = 10, width: float = 1.0) -> Inception:
     Reference:
         Szegedy et al. 2015, as :class:`Inception`; this narrow form for 32x32: Lippe 2024, UvA Deep Learning Tutorials,
         https://uvadlc-notebooks.readthedocs.io, tutorial 5.
-
-    >>> [sum(p.numel() for p in inception8(classes).parameters()) for classes in (10, 100)]
-    [260650, 272260]
     """
     return Inception((ConvUnit(3, scaled(64, width), 3),), NARROW, classes, width)
 
@@ -158,9 +150,6 @@ def googlenet(classes: int = 10, width: float = 1.0) -> Inception:
 
     Reference:
         Szegedy et al. 2015, as :class:`Inception`; this form for 32x32: https://github.com/weiaicunzai/pytorch-cifar100
-
-    >>> [sum(p.numel() for p in googlenet(classes).parameters()) for classes in (10, 100)]
-    [6310314, 6402564]
     """
     sizes = (3, scaled(64, width), scaled(64, width), scaled(192, width))
     stem = tuple(ConvUnit(wide, wider, 3, bias=False) for wide, wider in pairwise(sizes))

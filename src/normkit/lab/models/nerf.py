@@ -22,9 +22,6 @@ class PositionalEncoding(nn.Module):
     Reference:
         Mildenhall et al. 2020, NeRF, https://arxiv.org/abs/2003.08934; the input itself and frequencies without pi as in
         its published code, https://github.com/bmild/nerf
-
-    >>> PositionalEncoding(1)(torch.zeros(1, 3))
-    tensor([[0., 0., 0., 0., 0., 0., 1., 1., 1.]])
     """
 
     frequencies: Tensor
@@ -49,11 +46,6 @@ class RadianceField(nn.Module):
 
     Shape: points ``(n, 3)`` and unit directions ``(n, 3)`` to colours ``(n, 3)`` from 0 to 1 and raw densities ``(n,)``, of
     which the positive part counts.
-
-    >>> field = RadianceField()
-    >>> colour, density = field(torch.zeros(5, 3), torch.tensor([[0.0, 0.0, 1.0]]).expand(5, 3))
-    >>> tuple(colour.shape), tuple(density.shape), sum(p.numel() for p in field.parameters())
-    ((5, 3), (5,), 595844)
     """
 
     def __init__(self, width: int = 256, depth: int = 8, skip: int = 4, norm: Norm | None = None) -> None:
@@ -94,11 +86,7 @@ def nerf(recipe: str = "none", *, width: int = 256, depth: int = 8, skip: int = 
     ``"none"`` is the published network, ``"none+e@re:trunk"`` its E form, ``"none+wn@re:trunk"`` has weight normalization;
     ``"bn"`` and ``"ln"`` normalize between each trunk layer and its ReLU.
 
-    Reference:
-        Saratchandran, Wang, Lucey 2024, Weight conditioning, https://arxiv.org/abs/2409.03424
-
-    >>> sum(p.numel() for p in nerf("none+e@re:trunk").parameters())
-    1191688
+    Reference: Saratchandran, Wang, Lucey 2024, Weight conditioning, https://arxiv.org/abs/2409.03424
     """
     norm = Recipe.parse(recipe).norm
     bare = norm is None or norm.name == "none"

@@ -16,11 +16,7 @@ BANDS = 8  # of the positional encoding
 
 
 class Gaussian(nn.Module):
-    """A bump, exp(-u^2 / (2 s^2)), s = spread; Ramasinghe and Lucey 2022, https://arxiv.org/abs/2111.15135.
-
-    >>> Gaussian(1.0)(torch.tensor([0.0, 1.0]))
-    tensor([1.0000, 0.6065])
-    """
+    """A bump, exp(-u^2 / (2 s^2)), s = spread; Ramasinghe and Lucey 2022, https://arxiv.org/abs/2111.15135."""
 
     def __init__(self, spread: float = 0.09) -> None:
         super().__init__()
@@ -49,10 +45,6 @@ class OccupancyField(nn.Module):
     """A multilayer perceptron from a point ``(n, 3)`` to the logit ``(n,)`` of its being inside.
 
     Its activation is ``"gaussian"``, ``"sine"``, or ``"relu"`` behind a positional encoding; `depth` layers precede the last.
-
-    >>> field = OccupancyField()
-    >>> field(torch.zeros(5, 3)).shape, sum(p.numel() for p in field.parameters())
-    (torch.Size([5]), 198657)
     """
 
     def __init__(self, kind: Kind = "gaussian", width: int = 256, depth: int = 4) -> None:
@@ -84,12 +76,7 @@ class OccupancyField(nn.Module):
 
 
 def occupancy(recipe: str = "none", kind: Kind = "gaussian", *, width: int = 256, depth: int = 4) -> OccupancyField:
-    """Makes an occupancy field and gives its layers the weight methods of a recipe, such as ``"none+e@re:trunk"``.
-
-    >>> layer = occupancy("none+e@re:trunk").trunk[0]
-    >>> torch.allclose(layer.weight.norm(dim=1), torch.ones(256))
-    True
-    """
+    """Makes an occupancy field and gives its layers the weight methods of a recipe, such as ``"none+e@re:trunk"``."""
     model = OccupancyField(kind, width, depth)
     apply_recipe(model, recipe)
     return model

@@ -42,8 +42,7 @@ class ResNet(nn.Module):
 
     Shape: ``(n, 3, h, w)`` to ``(n, classes)``; 32x32 images are meant, of which the last stage sees 4x4.
 
-    Reference:
-        He et al. 2016, Deep residual learning for image recognition, https://arxiv.org/abs/1512.03385
+    Reference: He et al. 2016, Deep residual learning for image recognition, https://arxiv.org/abs/1512.03385
 
     >>> sum(p.numel() for p in ResNet((2, 2, 2, 2), 1, classes=100).parameters())
     11220132

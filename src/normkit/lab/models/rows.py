@@ -21,12 +21,6 @@ def scale_rows(model: nn.Module, scale: Scale) -> None:
     ``"kept"``  E with a gain, W = g E A, g the root mean square of the row norms of A as it stands: conditioning
                 that leaves the first signals about as large as they were
     ==========  ==================================================================================================
-
-    >>> model = nn.Sequential()
-    >>> model.trunk = nn.Linear(9, 2)
-    >>> scale_rows(model, "unit")
-    >>> torch.allclose(model.trunk.weight.norm(dim=1), torch.ones(2))
-    True
     """
     for layer in select(model, _TRUNK).values() if scale else ():
         weight = layer.get_parameter("weight")

@@ -16,10 +16,6 @@ class SmallCNN(nn.Module):
     all places hardly tell samples apart. `hidden` is the units of a linear layer with a norm and ReLU before the classifier.
 
     Shape: (N, channels, H, W) to (N, classes).
-
-    >>> model = SmallCNN(nn.BatchNorm2d)
-    >>> model(torch.zeros(2, 3, 16, 16)).shape, sum(p.numel() for p in model.parameters())
-    (torch.Size([2, 10]), 35546)
     """
 
     def __init__(

@@ -17,8 +17,7 @@ class Attention(nn.Module):
 
     Shape: ``(n, l, D)`` to the same.
 
-    Reference:
-        Vaswani et al. 2017, Attention Is All You Need, https://arxiv.org/abs/1706.03762
+    Reference: Vaswani et al. 2017, Attention Is All You Need, https://arxiv.org/abs/1706.03762
 
     >>> Attention(8, 2)(torch.zeros(1, 3, 8)).shape
     torch.Size([1, 3, 8])
@@ -101,10 +100,6 @@ class VisionTransformer(nn.Module):
     Reference:
         Dosovitskiy et al. 2021, An image is worth 16x16 words, https://arxiv.org/abs/2010.11929; Steiner et al. 2021, How
         to train your ViT?, https://arxiv.org/abs/2106.10270
-
-    >>> model = VisionTransformer(size=8, patch=4, features=12, depth=1, heads=3)
-    >>> model(torch.zeros(2, 3, 8, 8)).shape, model.pos_embed.shape
-    (torch.Size([2, 10]), torch.Size([1, 5, 12]))
     """
 
     def __init__(self, size: int, patch: int, features: int, depth: int, heads: int, classes: int = 10) -> None:
@@ -130,11 +125,7 @@ class VisionTransformer(nn.Module):
 
 
 def vit_tiny(classes: int = 10) -> nn.Module:
-    """Makes a ViT for 32x32 images: patches of 4, 192 features, 6 blocks, 3 heads; 2.7 million parameters.
-
-    >>> sum(p.numel() for p in vit_tiny(classes=100).parameters())
-    2710948
-    """
+    """Makes a ViT for 32x32 images: patches of 4, 192 features, 6 blocks, 3 heads; 2.7 million parameters."""
     return VisionTransformer(size=32, patch=4, features=192, depth=6, heads=3, classes=classes)
 
 

@@ -4,11 +4,7 @@ from normkit.core.errors import OptionError
 
 
 def scaled(channels: int, width: float) -> int:
-    """Gives a number of channels times `width`, a factor above 0; rounded, at least 1.
-
-    >>> scaled(24, 0.5), scaled(1, 0.25)
-    (12, 1)
-    """
+    """Gives a number of channels times `width`, a factor above 0; rounded, at least 1."""
     if not 0 < width < float("inf"):
         raise OptionError(f"width is {width}; wanted a factor above 0, such as 0.5")
     return max(1, round(channels * width))

@@ -36,11 +36,7 @@ class Style:
 
 
 def styles(names: list[str], baseline: str) -> list[Style]:
-    """A style for each recipe; hues, markers and dashes turn at different periods, so that few pairs repeat.
-
-    >>> [style.light for style in styles(["bn", "bn+e"], "bn")]
-    ['#4a4a4a', '#0072b2']
-    """
+    """A style for each recipe; hues, markers and dashes turn at different periods, so that few pairs repeat."""
     chosen, others = [], 0
     for index, name in enumerate(names):
         light, dark = BASELINE if name == baseline else HUES[others % len(HUES)]

@@ -68,9 +68,6 @@ def within(length: int, ratio: float, every: int = 1, interval: Sequence[float] 
     """Counts the epochs, or steps, that a method comes through in the baseline's time.
 
     The count is a multiple of `every`, unless it is the whole run, as it is where the interval of the ratio holds 1.
-
-    >>> within(10, 1.25), within(10, 1.015), within(10, 0.8), within(1000, 1.1, 50), within(10, 1.25, interval=(0.98, 1.3))
-    (8, 10, 10, 900, 10)
     """
     if interval and interval[0] <= 1 <= interval[1]:
         return length
@@ -122,9 +119,6 @@ def lowered(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
     The runs' ``"curve"`` has rows with ``"raw_condition"`` and ``"condition"``; one with None at its end, as of a
     singular weight, is left out.
-
-    >>> lowered([{"curve": [{"raw_condition": 100.0, "condition": 98.0}]}])[0][:70]
-    'At the end the conditioned weights have a condition number 2.0 % below'
     """
     ends = [(run["curve"][-1]["condition"], run["curve"][-1]["raw_condition"]) for run in runs if run["curve"]]
     logs = [math.log(condition / raw) for condition, raw in ends if None not in (condition, raw)]

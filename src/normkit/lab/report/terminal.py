@@ -23,11 +23,7 @@ ENDLESS = 10**6
 
 
 def cell(value: Any) -> str:
-    """A cell of a table as text: up to four significant digits.
-
-    >>> cell(0.123456), cell(12), cell(None)
-    ('0.1235', '12', '–')
-    """
+    """A cell of a table as text: up to four significant digits."""
     if value is None:
         return ABSENT
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from normkit.diagnostics.activations import Signal
-from normkit.diagnostics.conditions import WeightCondition
+from normkit.diagnostics.conditioning import WeightCondition
 from normkit.lab.experiment import Table
 from normkit.lab.report.bands import key, rows_of
 from normkit.lab.report.canvas import FULL, log, panels, plain

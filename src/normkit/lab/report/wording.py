@@ -26,11 +26,7 @@ def finite(value: Any) -> float | None:
 
 
 def at(result: Any, path: str) -> Any:
-    """The value at a dotted path, or None where the record has null on the way or lacks the last step.
-
-    >>> at({"recipe": "bn", "paired": {"mean": 0.1}}, "paired.mean"), at({"paired": None}, "paired.mean")
-    (0.1, None)
-    """
+    """The value at a dotted path, or None where the record has null on the way or lacks the last step."""
     for step in path.split("."):
         result = result.get(step) if isinstance(result, dict) else None
     return result
@@ -49,15 +45,7 @@ class Number(str):
 
 
 def number(value: Any, kind: str) -> str:
-    """A number of a record as the report prints it.
-
-    >>> number(0.98333, "score"), number(0.0042, "difference"), number(None, "score") == ABSENT
-    ('0.9833', '+0.0042', True)
-    >>> number(-6.2e34, "score"), number(1e6, "difference")
-    ('−6.20e+34', '+1.00e+06')
-    >>> number(12.345, "ms"), number(83.4, "seconds"), number(12345.6, "condition")
-    ('12.3', '1 min 23 s', '1.2e+04')
-    """
+    """A number of a record as the report prints it."""
     known = finite(value)
     if known is None:
         return ABSENT
@@ -177,13 +165,7 @@ def baseline_of(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def ms_per_step(recipe: dict[str, Any], result: dict[str, Any]) -> tuple[float | None, float | None, float | None]:
-    """Milliseconds per step and their interval: the baseline's median times the recipe's ratio, so that both say the same.
-
-    >>> cost = {"ms_per_step": 10.0, "ratio": 1.0}, {"ms_per_step": 9.8, "ratio": 1.1, "ratio_interval": [1.0, 1.25]}
-    >>> result = {"baseline": "bn", "recipes": [{"recipe": "bn", "cost": cost[0]}, {"recipe": "gn", "cost": cost[1]}]}
-    >>> ms_per_step(result["recipes"][1], result)
-    (11.0, 10.0, 12.5)
-    """
+    """Milliseconds per step and their interval: the baseline's median times the recipe's ratio, so that both say the same."""
     base = finite(at(baseline_of(result), "cost.ms_per_step"))
     ratio, ends = finite(at(recipe, "cost.ratio")), at(recipe, "cost.ratio_interval") or (None, None)
     if base is None or ratio is None:
@@ -199,11 +181,7 @@ def ratio(recipe: dict[str, Any]) -> str:
 
 
 def words(recipes: Iterable[str]) -> list[str]:
-    """Every word of these recipes in full, with its paper.
-
-    >>> words(["bn+wn", "keep"])[1:]
-    ['wn: weight normalization (Salimans and Kingma 2016)', 'keep: the norms stay as they are']
-    """
+    """Every word of these recipes in full, with its paper."""
     known = {
         entry.word: f"{entry.title[0].lower()}{entry.title[1:]} ({entry.citation.partition(',')[0]})"
         for entry in entries()
@@ -214,13 +192,7 @@ def words(recipes: Iterable[str]) -> list[str]:
 
 
 def changed(rows: Iterable[str]) -> str:
-    """What was changed, kind by kind.
-
-    >>> changed(["stem: Conv2d 8x3x3x3 -> weight_norm", "head: Linear 2x8 -> weight_norm (over WeightNorm)"])
-    'weight norm on 2 layers: stem, head'
-    >>> changed(["head: Linear 2x8 -> weight_conditioning:row"])
-    'weight conditioning (row) on 1 layer: head'
-    """
+    """What was changed, kind by kind."""
     kinds: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         name, _, rest = row.partition(": ")

@@ -21,15 +21,6 @@ class Average:
     Reference:
         Polyak and Juditsky 1992, Acceleration of stochastic approximation by averaging, https://doi.org/10.1137/0330046;
         the decay of the first steps is that of TensorFlow's ExponentialMovingAverage.
-
-    >>> model = nn.Linear(1, 1, bias=False)
-    >>> _ = nn.init.zeros_(model.weight)
-    >>> average = Average(model, 0.75)
-    >>> _ = nn.init.ones_(model.weight)
-    >>> average.update(2)
-    >>> with average.in_place():
-    ...     print(model.weight.item())
-    0.75
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -44,9 +44,6 @@ def load(name: str, train: int | None = None, test: int | None = None, halve: bo
     CIFAR-10 is read from where ``NORMKIT_DATA`` says. Gives images (n, channels, height, width) and labels (n,) of
     ``"train"``, ``"val"`` (500 of CIFAR-10 where train is subsampled) and ``"test"``, on the accelerator if there is
     one; `halve` averages 2x2 pixels.
-
-    >>> {name: tuple(x.shape) for name, (x, _) in load("digits").items()}
-    {'train': (719, 1, 8, 8), 'val': (359, 1, 8, 8), 'test': (719, 1, 8, 8)}
     """
     if name == "cifar10":
         from normkit.lab.data.cifar import cifar10
@@ -70,10 +67,6 @@ class Stream:
 
     ``order(epoch)`` gives the rows of an epoch, counted from 1, as many each time; by default a permutation drawn by
     the seed.
-
-    >>> stream = Stream((torch.arange(5.0), torch.arange(5)), 2, seed=0, order=lambda epoch: torch.arange(5).flip(0))
-    >>> stream.per_epoch, stream(2)
-    (2, (tensor([2., 1.]), tensor([2, 1])))
     """
 
     def __init__(self, images: Images, batch: int, seed: int, order: Callable[[int], Tensor] | None = None) -> None:

@@ -90,8 +90,7 @@ def shard(model: nn.Module, mesh: Any) -> nn.Module:
 
     Its own children that are an ``nn.Sequential`` or ``nn.ModuleList`` hold its blocks.
 
-    Reference:
-        Zhao et al. 2023, PyTorch FSDP, https://arxiv.org/abs/2304.11277
+    Reference: Zhao et al. 2023, PyTorch FSDP, https://arxiv.org/abs/2304.11277
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

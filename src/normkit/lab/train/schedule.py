@@ -15,10 +15,6 @@ def rate_at(settings: Settings, rate: float, step: int, steps: int) -> float:
     Over ``warmup`` epochs the rate rises in equal steps: ``rate * (step + 1) / warm``. With t the part of what follows
     that is done, it then is ``rate`` (constant), ``rate * (1 + cos(pi t)) / 2`` (cosine), or ``rate`` times 0.1 for each
     half and three quarters of the whole run that are over (step). Steps count from 0.
-
-    >>> settings = Settings(epochs=4, schedule="step", warmup=1.0)
-    >>> [round(rate_at(settings, 1.0, step, 8), 4) for step in range(8)]
-    [0.5, 1.0, 1.0, 1.0, 0.1, 0.1, 0.01, 0.01]
     """
     warm = round(settings.warmup / settings.epochs * steps)
 

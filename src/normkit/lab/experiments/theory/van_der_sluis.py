@@ -34,10 +34,6 @@ def best_scaling(a: Tensor, steps: int = 200) -> tuple[float, Tensor]:
     """The least condition number of DA over positive diagonal D that is found, and D's diagonal.
 
     It is never above that of A or of its row equilibration, from which it starts.
-
-    >>> least, d = best_scaling(torch.tensor([[2.0, 0.0], [0.0, 1.0]], dtype=torch.float64))
-    >>> round(least, 6), (d / d[0]).round(decimals=6).tolist()
-    (1.0, [1.0, 2.0])
     """
     found = []
     for start in (a.norm(dim=1).log().neg(), torch.zeros(len(a), dtype=a.dtype)):
