@@ -8,120 +8,98 @@ namespace nk {
 template <class A> struct BackwardLine {
     int64_t sheet = -1, tile = -1;  // whose it is
     alignas(64) A center[ROOM], inverse[ROOM];  // of an output, center holds what d is after its bias and weight are undone, over z
-    // PER_LANE: dx = g * gain + d * along + offset, of z = d * gain + shift.
-    alignas(64) A gain[ROOM], shift[ROOM], along[ROOM], offset[ROOM];
-    // Of the first row, or null; else dx = g * weight * inverse + d * along + offset, of z = d * inverse * weight + bias.
+    // PER_LANE: dx = g * gain + d * d_gain + d_shift, of z = d * gain + shift.
+    alignas(64) A gain[ROOM], shift[ROOM], d_gain[ROOM], d_shift[ROOM];
+    // Of the first row, or null; else dx = g * weight * inverse + d * d_gain + d_shift, of z = d * inverse * weight + bias.
     const A *weight, *bias;
     int64_t weight_step, bias_step;
     int32_t kind;
 };
 
-// What a few rows give: dy times the activation's slope, of each vector of each row.
-template <int VARIATION, int KIND, int ROWS, class T> struct Rows {
+// What a row gives: dy times the activation's slope, of each vector.
+template <int VARIATION, int KIND, class T> struct Row {
     using A = accumulator<T>;
     const T *dy, *x;
-    int64_t pitch, width, row;
+    int64_t width;
     const BackwardLine<A> &line;
-    // Of each row. In variables of its own: what is stored might lie in the line, for all the compiler knows.
-    const A *weights[ROWS], *biases[ROWS];
-    A weight[ROWS], bias[ROWS];
-    alignas(64) A slopes[KIND == CURVED ? ROWS : 1][KIND == CURVED ? ROOM : 1];
+    const A *weights, *biases;
+    // In variables of their own: what is stored might lie in the line, for all the compiler knows.
+    A weight = 1, bias = 0;
+    alignas(64) A slopes[KIND == CURVED ? ROOM : 1];
 
-    Rows(const T *dy, const T *x, int64_t pitch, int64_t width, int64_t row, const BackwardLine<A> &line)
-        : dy(dy), x(x), pitch(pitch), width(width), row(row), line(line) {
-        for (int r = 0; r < ROWS; ++r) {
-            weights[r] = along(line.weight, (row + r) * line.weight_step), biases[r] = along(line.bias, (row + r) * line.bias_step);
-            if constexpr (VARIATION == PER_ROW) weight[r] = *weights[r], bias[r] = *biases[r];
-        }
+    Row(const T *dy, const T *x, int64_t width, int64_t row, const BackwardLine<A> &line)
+        : dy(dy), x(x), width(width), line(line), weights(along(line.weight, row * line.weight_step)),
+          biases(along(line.bias, row * line.bias_step)) {
+        if constexpr (VARIATION == PER_ROW) weight = *weights, bias = *biases;
         if constexpr (KIND == CURVED) {
-            for_vectors(width, [&](auto at) {
-                for (int r = 0; r < ROWS; ++r) nk::store(slopes[r] + at.i, z(at, r, apart(at, r)));
-            });
-            for (int r = 0; r < ROWS; ++r) slope_run(line.kind, slopes[r], width);
+            for_vectors(width, [&](auto at) { nk::store(slopes + at.i, z(at, apart(at))); });
+            slope_run(line.kind, slopes, width);
         }
     }
 
-    // Asks for what is read soon, where rows are long: of three streams at once the processor foresees too little.
-    template <class At> void ask(At at) const {
-        if constexpr (ROWS > 1) return;
-        __builtin_prefetch(x + 3 * pitch + at.i);
-        __builtin_prefetch(dy + 3 * pitch + at.i);
+    template <class At> Vec<A> gain(At at) const {
+        if constexpr (VARIATION == PER_ROW) return splat<A>(weight);
+        else return at(weights);
     }
-    template <class At> Vec<A> apart(At at, int r) const {
-        Vec<A> found = at(x + r * pitch);
+    template <class At> Vec<A> apart(At at) const {
+        Vec<A> found = at(x);
         if constexpr (KIND > OUTPUT) return found - at(line.center);
         found = undone<KIND, A>(found);
         if constexpr (VARIATION == PER_LANE) return (found - at(line.shift)) * at(line.center);
-        if constexpr (VARIATION == PER_ROW) return (found - bias[r]) * (1 / weight[r]) * at(line.center);
-        return (found - at(biases[r])) / gain(at, r) * at(line.center);
+        if constexpr (VARIATION == PER_ROW) return (found - bias) * (1 / weight) * at(line.center);
+        return (found - at(biases)) / gain(at) * at(line.center);
     }
-    template <class At> Vec<A> gain(At at, int r) const {
-        if constexpr (VARIATION == PER_ROW) return splat<A>(weight[r]);
-        else return at(weights[r]);
-    }
-    template <class At> Vec<A> z(At at, int r, Vec<A> apart) const {
+    template <class At> Vec<A> z(At at, Vec<A> apart) const {
         if constexpr (VARIATION == PER_LANE) return apart * at(line.gain) + at(line.shift);
         Vec<A> normalized = apart * at(line.inverse);
-        if constexpr (VARIATION == PER_ROW) return normalized * weight[r] + bias[r];
-        if constexpr (VARIATION == PER_ELEMENT) return normalized * gain(at, r) + at(biases[r]);
+        if constexpr (VARIATION == PER_ROW) return normalized * weight + bias;
+        if constexpr (VARIATION == PER_ELEMENT) return normalized * gain(at) + at(biases);
     }
-    template <class At> Vec<A> g(At at, int r, Vec<A> apart) const {
-        Vec<A> found = at(dy + r * pitch);
-        if constexpr (KIND == NK_RELU) return select<A>(z(at, r, apart) <= 0, Vec<A>{}, found);
-        if constexpr (KIND == CURVED) return found * nk::load(slopes[r] + at.i);
-        if constexpr (KIND <= OUTPUT) return passed<KIND, A>(at(x + r * pitch), found);
-        return found;
+    template <class At> Vec<A> g(At at, Vec<A> apart) const {
+        Vec<A> dz = at(dy);
+        if constexpr (KIND == NK_RELU) return select<A>(z(at, apart) <= 0, Vec<A>{}, dz);
+        if constexpr (KIND == CURVED) return dz * nk::load(slopes + at.i);
+        if constexpr (KIND <= OUTPUT) return passed<KIND, A>(at(x), dz);
+        return dz;
     }
 };
 
-// Adds to the lanes' sums, and gives the rows' own: for PER_ROW two sums for each row, for PER_ELEMENT each lane's two.
-template <int VARIATION, int KIND, int ROWS, class T, class A = accumulator<T>>
-void collect(const Rows<VARIATION, KIND, ROWS, T> &rows, A *sums, A *products, A *own_sums, A *own_products) {
-    Vec<A> sum[ROWS] = {}, product[ROWS] = {};
-    for_vectors(rows.width, [&](auto at) {
-        Vec<A> lane_sum = {}, lane_product = {};
-        for (int r = 0; r < ROWS; ++r) {
-            rows.ask(at);
-            Vec<A> apart = rows.apart(at, r), g = at.template only<A>(rows.g(at, r, apart));
-            if constexpr (VARIATION == PER_LANE) {
-                lane_sum += g;
-                lane_product += g * apart;
+// Adds to the lanes' sums of g and g * d, and gives what the row adds to its parameters: a number of each for PER_ROW, one a lane for
+// PER_ELEMENT.
+template <int VARIATION, int KIND, class T, class A = accumulator<T>>
+void reduce_row(const Row<VARIATION, KIND, T> &row, A *sums, A *products, A *dbeta, A *dgamma) {
+    Vec<A> sum = {}, product = {};
+    for_vectors(row.width, [&](auto at) {
+        Vec<A> apart = row.apart(at), g = at.template only<A>(row.g(at, apart)), scaled = g;
+        if constexpr (VARIATION != PER_LANE) {
+            Vec<A> normalized = apart * at(row.line.inverse);
+            scaled = g * row.gain(at);
+            if constexpr (VARIATION == PER_ROW) {
+                sum += g;
+                product += g * normalized;
             } else {
-                Vec<A> normalized = apart * at(rows.line.inverse), scaled = g * rows.gain(at, r);
-                lane_sum += scaled;
-                lane_product += scaled * apart;
-                if constexpr (VARIATION == PER_ROW) {
-                    sum[r] += g;
-                    product[r] += g * normalized;
-                } else {
-                    nk::store(own_sums + at.i, rows.g(at, r, apart));
-                    nk::store(own_products + at.i, rows.g(at, r, apart) * normalized);
-                }
+                nk::store(dbeta + at.i, row.g(at, apart));
+                nk::store(dgamma + at.i, row.g(at, apart) * normalized);
             }
         }
-        at.put(sums, at(sums) + lane_sum);
-        at.put(products, at(products) + lane_product);
+        at.put(sums, at(sums) + scaled);
+        at.put(products, at(products) + scaled * apart);
     });
-    if constexpr (VARIATION == PER_ROW)
-        for (int r = 0; r < ROWS; ++r) own_sums[r] = sum_lanes<A>(sum[r]), own_products[r] = sum_lanes<A>(product[r]);
+    if constexpr (VARIATION == PER_ROW) *dbeta = sum_lanes<A>(sum), *dgamma = sum_lanes<A>(product);
 }
 
-// PULLED: the statistic depends on x.
-template <bool PULLED, int VARIATION, int KIND, int ROWS, class T, class A = accumulator<T>>
-void spread(const Rows<VARIATION, KIND, ROWS, T> &rows, const T *dsum, T *dx, bool far) {
-    for_vectors(rows.width, [&](auto at) {
-        Vec<A> found[ROWS];
-        for (int r = 0; r < ROWS; ++r) {
-            rows.ask(at);
-            Vec<A> apart = {};
-            if constexpr (PULLED || KIND == NK_RELU) apart = rows.apart(at, r);
-            found[r] = rows.g(at, r, apart);
-            if constexpr (VARIATION == PER_LANE) found[r] *= at(rows.line.gain);
-            else found[r] *= rows.gain(at, r) * at(rows.line.inverse);
-            if constexpr (PULLED) found[r] += apart * at(rows.line.along) + at(rows.line.offset);
-            if (dsum) found[r] += at(dsum + r * rows.pitch);
-        }
-        for (int r = 0; r < ROWS; ++r) at.put(dx + r * rows.pitch, found[r], ROWS == 1 && far);
+// MEASURED: the statistic depends on x.
+template <bool MEASURED, int VARIATION, int KIND, class T, class A = accumulator<T>>
+void write_dx(const Row<VARIATION, KIND, T> &row, const T *dsum, T *dx, bool far) {
+    for_vectors(row.width, [&](auto at) {
+        Vec<A> apart = {};
+        if constexpr (MEASURED || KIND == NK_RELU) apart = row.apart(at);
+        Vec<A> v = row.g(at, apart);
+        if constexpr (VARIATION == PER_LANE) v *= at(row.line.gain);
+        else v *= row.gain(at) * at(row.line.inverse);
+        if constexpr (MEASURED) v += apart * at(row.line.d_gain) + at(row.line.d_shift);
+        if (dsum) v += at(dsum);
+        at.put(dx, v, far);
     });
 }
 

@@ -7,13 +7,17 @@
 namespace nk {
 namespace {
 
-constexpr int64_t BLOCK = 64;      // rows that are summed before they are merged
-constexpr int64_t DEEP = 8;        // rows that are summed side by side: each takes the sums from memory and back once
+constexpr int64_t BLOCK = 64;  // rows that are summed before they are merged
+constexpr int64_t FIRST = 8;   // rows whose mean is the first pivot
+constexpr int64_t DEEP = 4;    // rows that are summed side by side: each takes the sums from memory and back once
 
 // Sums of x - pivot, where CENTRED, and of its square.
 template <bool CENTRED, int ROWS, class T, class A = accumulator<T>>
 void accumulate(const T *x, int64_t pitch, int64_t width, const A *pivot, A *sums, A *squares) {
+    // Side by side, rows are no stream that the processor foresees: the rows behind them are fetched in the order of memory.
+    const bool ahead = ROWS > 1 && width == pitch;
     for_vectors(width, [&](auto at) {
+        if (ahead) fetch<ROWS * LANES>(x + ROWS * (pitch + at.i));
         Vec<A> from = CENTRED ? at(pivot) : Vec<A>{}, sum[2] = {}, square[2] = {};
         for (int r = 0; r < ROWS; ++r) {
             Vec<A> apart = at.template only<A>(at(x + r * pitch) - from);
@@ -27,11 +31,11 @@ void accumulate(const T *x, int64_t pitch, int64_t width, const A *pivot, A *sum
 
 // Whether asked(sum, square) holds for any lane.
 template <class A, class Asked> bool any_lane(const A *sums, const A *squares, int64_t width, Asked &&asked) {
-    Vec<A> found{};
+    Vec<A> where{};
     for_vectors(width, [&](auto at) {
-        found += at.template only<A>(select<A>(asked(at(sums), at(squares)), splat<A>(1), Vec<A>{}));
+        where += at.template only<A>(select<A>(asked(at(sums), at(squares)), splat<A>(1), Vec<A>{}));
     });
-    return sum_lanes<A>(found) > 0;
+    return sum_lanes<A>(where) > 0;
 }
 
 // The same for all rows of a block, in double, for squares that float can't hold.
@@ -46,11 +50,11 @@ void accumulate_wide(const T *x, int64_t pitch, int64_t rows, int64_t width, con
 }
 
 // Moments of each lane. The mean is pivot + rest, of which rest is what rounding took from the pivot; square as in Moments.
-template <class A> struct Found {
+template <class A> struct LaneMoments {
     alignas(64) A pivot[ROOM], rest[ROOM];
     alignas(64) double square[ROOM];
 
-    explicit Found(int64_t width) {
+    explicit LaneMoments(int64_t width) {
         std::fill_n(pivot, in_vectors(width), A(0));
         std::fill_n(rest, in_vectors(width), A(0));
         std::fill_n(square, in_vectors(width), 0.0);
@@ -113,7 +117,7 @@ template <class A> void merge_groups(const Sheet &sheet, Tile tile, A *pivot, A 
 }
 
 // z = (x - pivot) * gain + shift; then, but PER_LANE, z * weight + bias.
-template <class A> struct Line {
+template <class A> struct ForwardLine {
     int64_t sheet = -1, tile = -1;  // whose it is
     alignas(64) A pivot[ROOM], gain[ROOM], shift[ROOM];
     A ones[ROOM], zeros[ROOM];
@@ -121,40 +125,31 @@ template <class A> struct Line {
     int64_t weight_step, bias_step;
 };
 
-template <int VARIATION, int KIND, int ROWS, class T, class A = accumulator<T>>
-void write(const T *x, T *y, int64_t pitch, int64_t width, const Line<A> &line, int64_t row, int32_t kind, bool far) {
-    // Of each row. In variables of its own: what is stored might lie in the line, for all the compiler knows.
-    const A *weights[ROWS], *biases[ROWS];
-    A weight[ROWS], bias[ROWS];
-    for (int r = 0; r < ROWS; ++r) {
-        weights[r] = along(line.weight, (row + r) * line.weight_step), biases[r] = along(line.bias, (row + r) * line.bias_step);
-        if constexpr (VARIATION == PER_ROW) weight[r] = *weights[r], bias[r] = *biases[r];
-    }
+// A row, in the order of memory: the processor foresees no other order as well, and asking for lines ahead takes longer than waiting.
+template <int VARIATION, int KIND, class T, class A = accumulator<T>>
+void write(const T *x, T *y, int64_t width, const ForwardLine<A> &line, int64_t row, int32_t kind, bool far) {
+    const A *weights = along(line.weight, row * line.weight_step), *biases = along(line.bias, row * line.bias_step);
+    // In variables of their own: what is stored might lie in the line, for all the compiler knows.
+    A weight = VARIATION == PER_ROW ? *weights : A(1), bias = VARIATION == PER_ROW ? *biases : A(0);
     auto each_z = [&](auto &&take) {
         for_vectors(width, [&](auto at) {
-            Vec<A> pivot = at(line.pivot), gain = at(line.gain), shift = at(line.shift);
-            if constexpr (ROWS == 1) __builtin_prefetch(x + 3 * pitch + at.i);
-            for (int r = 0; r < ROWS; ++r) {
-                Vec<A> z = (at(x + r * pitch) - pivot) * gain + shift;
-                if constexpr (VARIATION == PER_ROW) z = z * weight[r] + bias[r];
-                if constexpr (VARIATION == PER_ELEMENT) z = z * at(weights[r]) + at(biases[r]);
-                take(at, r, z);
-            }
+            Vec<A> z = (at(x) - at(line.pivot)) * at(line.gain) + at(line.shift);
+            if constexpr (VARIATION == PER_ROW) z = z * weight + bias;
+            if constexpr (VARIATION == PER_ELEMENT) z = z * at(weights) + at(biases);
+            take(at, z);
         });
     };
     if constexpr (KIND != CURVED) {
-        each_z([&](auto at, int r, Vec<A> z) { at.put(y + r * pitch, activate<KIND, A>(z), ROWS == 1 && far); });
+        each_z([&](auto at, Vec<A> z) { at.put(y, activate<KIND, A>(z), far); });
     } else {
-        alignas(64) A run[ROWS][ROOM];
-        each_z([&](auto at, int r, Vec<A> z) { nk::store(run[r] + at.i, z); });
-        for (int r = 0; r < ROWS; ++r) activate_run(kind, run[r], width);
-        for_vectors(width, [&](auto at) {
-            for (int r = 0; r < ROWS; ++r) at.put(y + r * pitch, nk::load(run[r] + at.i), ROWS == 1 && far);
-        });
+        alignas(64) A run[ROOM];
+        each_z([&](auto at, Vec<A> z) { nk::store(run + at.i, z); });
+        activate_run(kind, run, width);
+        for_vectors(width, [&](auto at) { at.put(y, nk::load(run + at.i), far); });
     }
 }
 
-template <class T> class Pass {
+template <class T> class LanesForward {
     using A = accumulator<T>;
 
     const NkPlan &plan;
@@ -173,7 +168,7 @@ template <class T> class Pass {
     double *partial_square, *whole_square;
 
 public:
-    Pass(const NkPlan &plan, const Forward<T> &call)
+    LanesForward(const NkPlan &plan, const Forward<T> &call)
         : plan(plan), sheet(plan), cut(sheet, sizeof(T)), parameters(plan, sheet), call(call),
           range(Range::of<A>(plan, std::min(sheet.rows, BLOCK))), x(call.residual ? call.sum : call.x),
           far(x != call.y && cut.streams(plan, sheet, call.y)) {
@@ -191,7 +186,7 @@ public:
     void run() {
         int64_t grain = grain_of(sheet.size / (cut.chunks * cut.tiles));
         if (plan.given)
-            return for_pieces<Line<A>>(cut, 0, sheet.outer, grain, [&](Line<A> &line, int64_t o, int64_t chunk, int64_t index) {
+            return for_pieces<ForwardLine<A>>(cut, 0, sheet.outer, grain, [&](ForwardLine<A> &line, int64_t o, int64_t chunk, int64_t index) {
                 write_piece(line, o, chunk, index, [&](Tile tile, auto &&use) {
                     A pivot[WIDEST], rest[WIDEST] = {}, inverse[WIDEST];
                     sheet.each_statistic(tile, [&](int64_t l, int64_t k) {
@@ -202,27 +197,27 @@ public:
                 });
             });
         if (cut.at_once)
-            return for_pieces<Line<A>>(cut, 0, sheet.outer, grain, [&](Line<A> &line, int64_t o, int64_t chunk, int64_t index) {
+            return for_pieces<ForwardLine<A>>(cut, 0, sheet.outer, grain, [&](ForwardLine<A> &line, int64_t o, int64_t chunk, int64_t index) {
                 write_piece(line, o, chunk, index, [&](Tile tile, auto &&use) {
-                    Found<A> found(tile.width);
+                    LaneMoments<A> moments(tile.width);
                     A inverse[ROOM];
-                    gather(o, chunk, tile, found);
-                    settle(o, tile, found.pivot, found.rest, found.square, inverse);
-                    use(found.pivot, found.rest, inverse);
+                    measure(o, chunk, tile, moments);
+                    finalize(o, tile, moments.pivot, moments.rest, moments.square, inverse);
+                    use(moments.pivot, moments.rest, inverse);
                 });
             });
         for (int64_t begin = 0; begin < sheet.outer; begin += cut.batch)
-            in_steps<Line<A>>(
+            in_steps<ForwardLine<A>>(
                 sheet, cut, begin, std::min(sheet.outer, begin + cut.batch),
                 [&](auto &, int64_t o, int64_t chunk, int64_t index) {
                     Tile tile = cut.tile(sheet, index);
-                    Found<A> found(tile.width);
-                    gather(o, chunk, tile, found);
+                    LaneMoments<A> moments(tile.width);
+                    measure(o, chunk, tile, moments);
                     int64_t at = ((o - begin) * cut.chunks + chunk) * sheet.lanes;
                     A *to = partial + 2 * at + tile.first;
-                    std::copy(found.pivot, found.pivot + tile.width, to);
-                    std::copy(found.rest, found.rest + tile.width, to + sheet.lanes);
-                    std::copy(found.square, found.square + tile.width, partial_square + at + tile.first);
+                    std::copy(moments.pivot, moments.pivot + tile.width, to);
+                    std::copy(moments.rest, moments.rest + tile.width, to + sheet.lanes);
+                    std::copy(moments.square, moments.square + tile.width, partial_square + at + tile.first);
                 },
                 [&](int64_t o) { merge_chunks(o, o - begin); },
                 [&](auto &line, int64_t o, int64_t chunk, int64_t index) {
@@ -236,29 +231,29 @@ public:
 private:
     int64_t place(int64_t o, Span span, Tile tile) const { return o * sheet.size + span.first * sheet.lanes + tile.first; }
 
-    void gather(int64_t o, int64_t chunk, Tile tile, Found<A> &found) {
+    void measure(int64_t o, int64_t chunk, Tile tile, LaneMoments<A> &moments) {
         Span span(sheet, cut, chunk);
         int64_t at = place(o, span, tile), n = 0;
         auto take = [&](int64_t rows, int64_t width) {
             for (int64_t row = 0, from = at; call.residual && row < rows; ++row, from += sheet.lanes)
                 for_vectors(width, [&](auto v) { v.put(call.sum + from, v(call.x + from) + v(call.residual + from)); });
-            if (n == 0 && plan.centred) start(x + at, std::min(rows, DEEP), width, found.pivot);
+            if (n == 0 && plan.centred) first_pivot(x + at, std::min(rows, FIRST), width, moments.pivot);
             alignas(64) A sums[ROOM], squares[ROOM];
             for (int attempt = 1;; ++attempt) {
                 std::fill_n(sums, in_vectors(width), A(0));
                 std::fill_n(squares, in_vectors(width), A(0));
-                accumulate(x + at, rows, width, found.pivot, sums, squares);
+                accumulate(x + at, rows, width, moments.pivot, sums, squares);
                 if (attempt == 2 || n > 0 || !plan.centred || !far_off(sums, squares, rows, width)) break;
-                for (int64_t l = 0; l < width; ++l) found.pivot[l] += sums[l] / A(rows);
+                for (int64_t l = 0; l < width; ++l) moments.pivot[l] += sums[l] / A(rows);
             }
             const Vec<A> least = splat<A>(A(range.least)), most = splat<A>(A(range.most));
             if (any_lane(sums, squares, width, [&](Vec<A>, Vec<A> square) { return (square < least) | (square > most); })) {
                 double wide_sums[ROOM] = {}, wide_squares[ROOM] = {};
-                accumulate_wide(x + at, sheet.lanes, rows, width, found.pivot, wide_sums, wide_squares);
-                found.merge(plan.centred, wide_sums, wide_squares, n, rows, width);
+                accumulate_wide(x + at, sheet.lanes, rows, width, moments.pivot, wide_sums, wide_squares);
+                moments.merge(plan.centred, wide_sums, wide_squares, n, rows, width);
             } else {
                 // Whole vectors: beyond the width are zeros; but for the short row, beyond which are lanes.
-                found.merge(plan.centred, sums, squares, n, rows, width == tile.width ? in_vectors(width) : width);
+                moments.merge(plan.centred, sums, squares, n, rows, width == tile.width ? in_vectors(width) : width);
             }
             n += rows, at += rows * sheet.lanes;
         };
@@ -268,7 +263,7 @@ private:
 
     // The first pivot: the mean of a few rows. About the first row alone, an outlier there would cost as many digits as its square has.
     // Differences from that row make it exact where all elements are equal.
-    void start(const T *from, int64_t rows, int64_t width, A *pivot) const {
+    void first_pivot(const T *from, int64_t rows, int64_t width, A *pivot) const {
         const A each = 1 / A(rows);
         for_vectors(width, [&](auto at) {
             Vec<A> first = at(from), sum{};
@@ -299,7 +294,7 @@ private:
     }
 
     // From the moments of lanes to those of their statistics, which are written, and to 1 / scale of each lane.
-    void settle(int64_t o, Tile tile, A *pivot, A *rest, double *square, A *inverse) {
+    void finalize(int64_t o, Tile tile, A *pivot, A *rest, double *square, A *inverse) {
         merge_groups(sheet, tile, pivot, rest, square);
         const int64_t period = std::min(tile.width, sheet.period);  // behind it the same statistics again
         for (int64_t l = 0; l < period; ++l) square[l] = square[l] < 0 ? 0 : square[l];
@@ -343,11 +338,11 @@ private:
                 moments[tile.first + l + sheet.lanes] = A(mean[l] - double(high));
             }
         }
-        settle(o, {0, sheet.lanes}, moments, moments + sheet.lanes, square, moments + 2 * sheet.lanes);
+        finalize(o, {0, sheet.lanes}, moments, moments + sheet.lanes, square, moments + 2 * sheet.lanes);
     }
 
     // with_moments(tile, use) passes pivot, rest and 1 / scale of a tile's lanes to `use`; it is called where the line is of another tile.
-    template <class With> void write_piece(Line<A> &line, int64_t o, int64_t chunk, int64_t index, With &&with_moments) {
+    template <class With> void write_piece(ForwardLine<A> &line, int64_t o, int64_t chunk, int64_t index, With &&with_moments) {
         Span span(sheet, cut, chunk);
         Tile tile = cut.tile(sheet, index);
         bool direct = parameters.variation == PER_LANE;
@@ -371,28 +366,18 @@ private:
         write_rows(place(o, span, tile), span, tile, line);
     }
 
-    void write_rows(int64_t place, Span span, Tile tile, const Line<A> &line) {
+    void write_rows(int64_t place, Span span, Tile tile, const ForwardLine<A> &line) {
         if (call.y == nullptr) return;
         with_constants(parameters.variation, plan.activation, [&](auto variation, auto kind) {
-            constexpr int VARIATION = decltype(variation)::value, KIND = decltype(kind)::value, MANY = KIND == CURVED ? 1 : 2;
-            auto some = [&](auto count, int64_t row, int64_t width) {
-                constexpr int ROWS = decltype(count)::value;
-                int64_t at = place + row * sheet.lanes;
-                nk::write<VARIATION, KIND, ROWS>(x + at, call.y + at, sheet.lanes, width, line, row, plan.activation, far);
-            };
-            // In the cache, as what was just measured is, two go faster.
-            const bool near = cut.at_once && !plan.given, singly = far || (cut.one_by_one<T>() && !near);
-            int64_t row = 0;
-            for (; !singly && row + MANY <= span.rows; row += MANY) some(std::integral_constant<int, MANY>{}, row, tile.width);
-            for (; row < span.rows; ++row) some(std::integral_constant<int, 1>{}, row, tile.width);
-            if (span.last) some(std::integral_constant<int, 1>{}, row, span.last);
+            for (int64_t row = 0; row < span.rows + (span.last != 0); ++row, place += sheet.lanes)
+                nk::write<variation, kind>(x + place, call.y + place, row < span.rows ? tile.width : span.last, line, row, plan.activation, far);
         });
     }
 };
 
 }  // namespace
 
-template <class T> void lanes_forward(const NkPlan &plan, const Forward<T> &call) { Pass<T>(plan, call).run(); }
+template <class T> void lanes_forward(const NkPlan &plan, const Forward<T> &call) { LanesForward<T>(plan, call).run(); }
 
 #define MAKE(T) template void lanes_forward<T>(const NkPlan &, const Forward<T> &);
 NK_EACH_TYPE(MAKE)

@@ -39,6 +39,7 @@ inline int64_t in_vectors(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 // each(at) over a row of n, with the faster tail.
 template <class Each> inline void for_vectors(int64_t n, Each &&each) {
     int64_t i = 0;
+#pragma GCC unroll 4
     for (; i + LANES <= n; i += LANES) each(VectorAt{i});
     if (i < n) each(OverlapAt{n});
 }

@@ -114,7 +114,7 @@ template <class T> class SegmentsForward {
           runs(runs_of(this->plan, call.weight || call.bias)),
           x(call.residual ? call.sum : call.x),
           few(whole.size() * int64_t(sizeof(T)) <= FIRST_CACHE / LANES ? LANES : 2),
-          ahead(step_ahead<T>(whole, whole.size() <= BLOCK ? few : 1)),
+          ahead(plan.given ? 0 : step_ahead<T>(whole, whole.size() <= BLOCK ? few : 1)),
           curved(plan.activation > NK_RELU),
           streamed(plan.stream && runs.length * int64_t(sizeof(T)) >= 8 * LINE && x != call.y && on_element(call.y)),
           range(Range::of<A>(plan, std::min(whole.size(), BLOCK))),

@@ -16,8 +16,9 @@
 
 namespace nk {
 
-constexpr int64_t WIDEST = 512;           // lanes of a tile
+constexpr int64_t WIDEST = 1024;          // lanes of a tile
 constexpr int64_t ROOM = WIDEST + LANES;  // of local arrays, which are read in whole vectors
+constexpr int64_t PIECE = 2048;           // bytes of a row that are worth reading apart from the rest of it
 
 struct Tile {
     int64_t first, width;  // lanes
@@ -90,7 +91,7 @@ struct Cut {
         int64_t fits = std::min(WIDEST, own / (bytes * (sheet.rows + 1)) / 16 * 16);
         bool whole = sheet.group <= fits && (sheet.fold == 1 || sheet.lanes <= fits);
         // Shorter pieces of rows are too many streams for the processor to foresee.
-        at_once = whole && fits * bytes >= std::min<int64_t>(512, sheet.lanes * bytes);
+        at_once = whole && fits * bytes >= std::min<int64_t>(PIECE, sheet.lanes * bytes);
         int64_t most = at_once ? fits : WIDEST;
         tiles = (sheet.lanes + most - 1) / most;
         width = (sheet.lanes + tiles - 1) / tiles;
@@ -106,8 +107,6 @@ struct Cut {
         batch = alone ? sheet.outer : std::clamp<int64_t>(shared / (bytes * sheet.size), 1, sheet.outer);
     }
 
-    // Whether rows are so long that they are read one by one: side by side they come in late.
-    template <class T> bool one_by_one() const { return tiles == 1 && width * int64_t(sizeof(T)) >= 512; }
     // Whether rows of an output can be written past the cache: each piece of them has its lines to itself.
     template <class T> bool streams(const NkPlan &plan, const Sheet &sheet, const T *out) const {
         auto whole = [](int64_t lanes) { return lanes * int64_t(sizeof(T)) % LINE == 0; };
@@ -142,20 +141,20 @@ void for_pieces(const Cut &cut, int64_t begin, int64_t end, int64_t grain, Each 
     }, grain);
 }
 
-// All pieces of some sheets are summed, sums(line, o, chunk, tile), what a sheet's sums say is settled, settle(o), and all pieces are
+// All pieces of some sheets are summed, sums(line, o, chunk, tile), a sheet's sums are finalized, finalize(o), and all pieces are
 // written. Backwards: what was read last is still near.
-template <class Line, class Sums, class Settle, class Write>
-void in_steps(const Sheet &sheet, const Cut &cut, int64_t begin, int64_t end, Sums &&sums, Settle &&settle, Write &&write) {
+template <class Line, class Sums, class Finalize, class Write>
+void in_steps(const Sheet &sheet, const Cut &cut, int64_t begin, int64_t end, Sums &&sums, Finalize &&finalize, Write &&write) {
     if (cut.alone)
         return for_each(end - begin, [&](int64_t i) {
             int64_t o = begin + i, all = cut.tiles * cut.chunks;
             for_pieces<Line>(cut, o, o + 1, all, sums);
-            settle(o);
+            finalize(o);
             for_pieces<Line, true>(cut, o, o + 1, all, write);
         });
     int64_t grain = grain_of(sheet.size / (cut.tiles * cut.chunks));
     for_pieces<Line>(cut, begin, end, grain, sums);
-    for_each(end - begin, [&](int64_t i) { settle(begin + i); });
+    for_each(end - begin, [&](int64_t i) { finalize(begin + i); });
     for_pieces<Line, true>(cut, begin, end, grain, write);
 }
 
