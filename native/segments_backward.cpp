@@ -37,21 +37,21 @@ NK_INLINE Pair<double> sum_constant(const G *g, const T *x, int64_t n, A center,
     return total;
 }
 
-// dx of a run of one gain, which is in pull.inverse.
-template <int KIND, bool PULLED, class G, class T, class A = accumulator<T>>
-void pull_constant(const G *g, const T *x, const T *dsum, T *dx, int64_t n, Pull<A> pull, Gate<A> gate, int64_t ahead, bool streamed) {
-    Vec<A> c = splat<A>(pull.center), inverse = splat<A>(pull.inverse), along = splat<A>(pull.along), shift = splat<A>(pull.shift);
+// dx of a run of one gain, which is in terms.inverse.
+template <int KIND, bool COUPLED, class G, class T, class A = accumulator<T>>
+void dx_constant(const G *g, const T *x, const T *dsum, T *dx, int64_t n, DxTerms<A> terms, Gate<A> gate, int64_t ahead, bool streamed) {
+    Vec<A> c = splat<A>(terms.center), inverse = splat<A>(terms.inverse), along = splat<A>(terms.along), shift = splat<A>(terms.shift);
     auto value = [&](auto &&at) {
         auto [v, apart] = behind<KIND>(at(g), at(x), c, gate);
         v = v * inverse;
-        if constexpr (PULLED) v = v + (apart * along + shift);
+        if constexpr (COUPLED) v = v + (apart * along + shift);
         if (dsum) v = v + at(dsum);
         return v;
     };
     auto ask = [&](int64_t i) NK_ASK {
         if (!ahead) return;
         fetch<4 * LANES>(g + i + ahead);
-        if constexpr (KIND != NK_LINEAR || PULLED) fetch<4 * LANES>(x + i + ahead);
+        if constexpr (KIND != NK_LINEAR || COUPLED) fetch<4 * LANES>(x + i + ahead);
     };
     streamed ? fill_far<T>(dx, n, value, ask) : fill<T>(dx, n, value, ask);
 }
@@ -59,8 +59,8 @@ void pull_constant(const G *g, const T *x, const T *dsum, T *dx, int64_t n, Pull
 template <class T> class ConstantGain : SegmentsBackward<T> {
     using Base = SegmentsBackward<T>;
     using typename Base::A, typename Base::Prepared;
-    using Base::call, Base::center, Base::curved, Base::gradients, Base::inverse, Base::of_output, Base::parameters, Base::plan, Base::pull_of,
-        Base::pulled, Base::runs, Base::saved, Base::streamed;
+    using Base::call, Base::center, Base::coupled, Base::curved, Base::dx_terms, Base::gradients, Base::inverse, Base::of_output,
+        Base::parameters, Base::plan, Base::runs, Base::saved, Base::streamed;
 
   public:
     ConstantGain(const NkPlan &plan, const Backward<T> &call) : Base(plan, call) {}
@@ -74,7 +74,7 @@ template <class T> class ConstantGain : SegmentsBackward<T> {
     void run() {
         int64_t chunks = runs.chunks(), sets = runs.sets, width = window();
         Room<Pair<double>, 256> room;
-        Pair<double> *parts = pulled || parameters ? room.take(sets * chunks * width) : nullptr;
+        Pair<double> *parts = coupled || parameters ? room.take(sets * chunks * width) : nullptr;
         auto part = [&](int64_t set, int64_t chunk) { return along(parts, (set * chunks + chunk) * width); };
         if (chunks > 1 && sets < 4 * threads()) {
             for_each(parts ? sets * chunks : 0, [&](int64_t task) {
@@ -84,17 +84,17 @@ template <class T> class ConstantGain : SegmentsBackward<T> {
             for_each(call.dx ? sets * chunks : 0, [&](int64_t task) {
                 Prepared prepared;
                 int64_t set = task / chunks, chunk = task % chunks;
-                pull_set(set, pull_of_parts(set, part(set, 0)), chunk * CHUNK, end_of(chunk), prepared);
+                write_dx(set, dx_terms_of_parts(set, part(set, 0)), chunk * CHUNK, end_of(chunk), prepared);
                 if (streamed) end_of_stream();
             });
         } else {
-            // From the sums to the pull it is a long way of short steps: those of a few small sets overlap.
+            // From the sums to the terms of dx it is a long way of short steps: those of a few small sets overlap.
             constexpr int64_t most = 8;
             int64_t few = curved || runs.size() * int64_t(sizeof(T)) > 2048 ? 1 : most;
             int64_t together = std::max<int64_t>(1, CHUNK / (runs.size() * few)) * few;
             for_each((sets + together - 1) / together, [&](int64_t task) {
                 Prepared prepared;
-                Pull<A> pulls[most];
+                DxTerms<A> terms[most];
                 for (int64_t begin = task * together, end = std::min(sets, begin + together); begin < end; begin += few) {
                     int64_t n = std::min(few, end - begin);
                     prepared.all = false;
@@ -102,13 +102,13 @@ template <class T> class ConstantGain : SegmentsBackward<T> {
                         for (int64_t chunk = 0; chunk < chunks; ++chunk) sum_set(set, chunk, part(set, chunk), prepared);
                     if (!call.dx) continue;
                     prepared.all = parts && runs.size() <= HELD;
-                    for (int64_t i = 0; i < n; ++i) pulls[i] = pull_of_parts(begin + i, part(begin + i, 0));
-                    for (int64_t i = 0; i < n; ++i) pull_set(begin + i, pulls[i], 0, runs.size(), prepared);
+                    for (int64_t i = 0; i < n; ++i) terms[i] = dx_terms_of_parts(begin + i, part(begin + i, 0));
+                    for (int64_t i = 0; i < n; ++i) write_dx(begin + i, terms[i], 0, runs.size(), prepared);
                 }
                 if (streamed) end_of_stream();
             });
         }
-        if (parameters) gather_constant(parts);
+        if (parameters) reduce_partials(parts);
     }
 
     Gate<A> gate(A inverse, int64_t parameter) const {
@@ -159,43 +159,43 @@ template <class T> class ConstantGain : SegmentsBackward<T> {
         }
     }
 
-    Pull<A> pull_of_parts(int64_t set, const Pair<double> *parts) const {
+    DxTerms<A> dx_terms_of_parts(int64_t set, const Pair<double> *parts) const {
         Pair<double> sums{0, 0};
-        if (pulled)
+        if (coupled)
             each_part(set, parts, [&](int64_t parameter, const Pair<double> &part) {
                 double gain = call.weight ? double(call.weight[parameter]) : 1;
                 sums += Pair<double>{gain * part.g, gain * part.gx};
             });
-        return pull_of(set, sums);
+        return dx_terms(set, sums);
     }
 
-    void pull_set(int64_t set, Pull<A> pull, int64_t begin, int64_t end, Prepared &prepared) const {
+    void write_dx(int64_t set, DxTerms<A> terms, int64_t begin, int64_t end, Prepared &prepared) const {
         int64_t ahead = curved ? 0 : step_ahead<T>(runs, 1);
         A scale = inverse(set);
         bool relu = plan.activation == NK_RELU;
         walk(runs, place_of(plan, runs, set), begin, end, [&](const Stretch &s) {
             Gate<A> here = gate(scale, s.parameter);
-            Pull<A> mine = pull;
+            DxTerms<A> mine = terms;
             mine.inverse = here.scale;
             gradients(s, set, prepared, [&](auto *g, int64_t offset, int64_t n) {
                 int64_t p = s.x + offset;
                 const T *dsum = along(call.dsum, p);
-                auto go = [&](auto KIND, auto PULLED) {
-                    pull_constant<KIND.value, PULLED.value>(g, call.x + p, dsum, call.dx + p, n, mine, here, ahead, streamed);
+                auto go = [&](auto KIND, auto COUPLED) {
+                    dx_constant<KIND.value, COUPLED.value>(g, call.x + p, dsum, call.dx + p, n, mine, here, ahead, streamed);
                 };
                 // Behind an activation that was prepared for, there is none left.
                 constexpr bool raw = std::is_same_v<decltype(g), const T *>;
-                with_flag(pulled, [&](auto PULLED) {
+                with_flag(coupled, [&](auto COUPLED) {
                     if constexpr (raw)
-                        if (this->saved) return this->of_output([&](auto KIND) { go(KIND, PULLED); });
-                    raw && relu ? go(std::integral_constant<int, raw ? NK_RELU : NK_LINEAR>{}, PULLED)
-                                : go(std::integral_constant<int, NK_LINEAR>{}, PULLED);
+                        if (this->saved) return this->of_output([&](auto KIND) { go(KIND, COUPLED); });
+                    raw && relu ? go(std::integral_constant<int, raw ? NK_RELU : NK_LINEAR>{}, COUPLED)
+                                : go(std::integral_constant<int, NK_LINEAR>{}, COUPLED);
                 });
             });
         });
     }
 
-    void gather_constant(const Pair<double> *parts) const {
+    void reduce_partials(const Pair<double> *parts) const {
         Room<Pair<double>, 256> room;
         Pair<double> *total = room.take(plan.parameters);
         std::fill_n(total, plan.parameters, Pair<double>{0, 0});

@@ -15,7 +15,7 @@ constexpr int64_t PIECE = 1024;   // of gradients behind an activation, in the f
 constexpr int64_t HELD = 16384;    // up to this size, a set keeps them from the first pass to the second
 
 // dx = g * gain * inverse + (x - center) * along + shift.
-template <class A> struct Pull {
+template <class A> struct DxTerms {
     A center, inverse, along, shift;
 };
 
@@ -28,21 +28,25 @@ template <class T> class SegmentsBackward {
     Backward<T> call;
     std::vector<A> own_weight, own_bias;
     const Runs runs;
-    const bool pulled;  // whether the statistic has a gradient
+    const bool coupled;  // whether the statistic has a gradient, which couples the elements of a set
     const bool saved;  // whether x is computed again from the output
     const bool curved;  // whether gradients have to be prepared: they pass an activation first
     const bool parameters;
     const bool streamed;
+    const A full_strength;  // where eps lies inside the root; elsewhere it depends on the set
+    const double share;     // of an element in the mean
 
     SegmentsBackward(const NkPlan &plan, const Backward<T> &call)
         : plan(plan),
           call(call),
           runs(runs_of(plan, call.weight || call.bias || call.dweight || call.dbias)),
-          pulled(!plan.given && (plan.centred || plan.scale != NK_UNSCALED)),
+          coupled(!plan.given && (plan.centred || plan.scale != NK_UNSCALED)),
           saved(call.kind <= OUTPUT),
           curved(!saved && plan.activation > (runs.vector ? NK_LINEAR : NK_RELU)),
           parameters(call.dweight || call.dbias),
-          streamed(streams()) {
+          streamed(streams()),
+          full_strength(strength<A>(plan, A(1))),
+          share(1 / double(runs.size())) {
         this->call.weight = calm<T>(call.weight, plan.parameters, own_weight);
         this->call.bias = calm<T>(call.bias, plan.parameters, own_bias);
     }
@@ -63,13 +67,13 @@ template <class T> class SegmentsBackward {
     }
 
     // From the sums over a set of g * gain, and of that times x - center.
-    Pull<A> pull_of(int64_t set, Pair<double> sums) const {
-        Pull<A> pull{center(set), inverse(set), 0, 0};
-        if (!pulled) return pull;
-        double inverse = pull.inverse, k = strength<A>(plan, pull.inverse);
-        if (k != 0) pull.along = A(-k * inverse * inverse * inverse * sums.gx);
-        if (plan.centred) pull.shift = A(-inverse * sums.g / double(runs.size()));
-        return pull;
+    DxTerms<A> dx_terms(int64_t set, Pair<double> sums) const {
+        DxTerms<A> terms{center(set), inverse(set), 0, 0};
+        if (!coupled) return terms;
+        double inverse = terms.inverse, k = plan.guard == NK_INSIDE ? full_strength : strength<A>(plan, terms.inverse);
+        if (k != 0) terms.along = A(-k * inverse * inverse * inverse * sums.gx);
+        if (plan.centred) terms.shift = A(-inverse * sums.g * share);
+        return terms;
     }
 
     // Gradients behind the activation: dy times its slope.

@@ -24,10 +24,10 @@ NK_INLINE void add_varying(PairSums<A> &sums, const G *g, const T *x, const A *g
     });
 }
 
-// A set whose parameters vary along its runs, beside another that shares them: where it is from the first of both.
+// A set whose parameters vary along its runs, beside others that share them: where it is from the first of them.
 template <class A> struct Row {
     int64_t x;
-    Pull<A> pull;
+    DxTerms<A> terms;
 };
 
 template <class G, class T, class A = accumulator<T>> struct Varying {
@@ -41,75 +41,79 @@ template <class G, class T, class A = accumulator<T>> struct Varying {
     Output<A> output;
 };
 
-// dx of a run in one set or in two, and what they add to the gradients of gain and bias, which are read and written once for both. Two go
-// faster in the cache; beyond it, one with the next ones fetched does. Gain and gradients are arranged as T wants them.
-template <int ROWS, int PARAMETERS, bool DX, bool PULLED, int KIND, class G, class T, class A = accumulator<T>>
-void pull_varying(Varying<G, T> to, const Row<A> *sets, int64_t n) {
-    Row<A> rows[ROWS];
-    std::copy_n(sets, ROWS, rows);
-    struct Element {
-        Vec<A> g, dgain, dx;
-    };
-    auto pulled = [&](const Row<A> &row, Vec<A> gain, auto &&at) {
-        Element e{at(to.g + row.x), {}, {}};
-        Vec<A> apart{}, center = splat<A>(row.pull.center);
+// dx of a run in some sets, and what they add to the gradients of gain and bias, which are read and written once for all. ROWS is their
+// number, or 0 where that is in `count`: short runs, of which many go fastest. Gain and gradients are arranged as T wants them.
+template <int ROWS, int PARAMETERS, bool DX, bool COUPLED, int KIND, class G, class T, class A = accumulator<T>>
+void dx_varying(Varying<G, T> to, const Row<A> *sets, int64_t count, int64_t n) {
+    Row<A> own[std::max(ROWS, 1)];
+    std::copy_n(sets, ROWS, own);
+    const Row<A> *rows = ROWS ? own : sets;
+    if (ROWS) count = ROWS;
+    auto element = [&](const Row<A> &row, auto &&at, auto gain, auto &dgain, auto &dbias) NK_ASK {
+        auto g = at(to.g + row.x), apart = g;
+        Vec<A> center = splat<A>(row.terms.center);
         if constexpr (KIND <= OUTPUT) {
-            Vec<A> y = at(to.x + row.x);
-            e.g = passed<KIND, A>(y, e.g), apart = to.output.template apart<KIND>(y, at, center);
-        } else if constexpr (PULLED || PARAMETERS > 0) {
+            auto y = at(to.x + row.x);
+            g = passed<KIND, A>(y, g), apart = to.output.template apart<KIND>(y, at, center);
+        } else if constexpr (COUPLED || PARAMETERS > 0) {
             apart = at(to.x + row.x) - center;
         }
-        Vec<A> scaled = e.g * splat<A>(row.pull.inverse);
-        if constexpr (PARAMETERS > 0) e.dgain = scaled * apart;
-        if constexpr (DX) {
-            e.dx = scaled * gain;
-            if constexpr (PULLED) e.dx += apart * splat<A>(row.pull.along) + splat<A>(row.pull.shift);
-            if (ROWS == 1 && to.dsum) e.dx += at(to.dsum);
-        }
-        return e;
+        auto scaled = g * splat<A>(row.terms.inverse), dx = scaled;
+        if constexpr (PARAMETERS > 0) dgain += scaled * apart;
+        if constexpr (PARAMETERS > 1) dbias += g;
+        if constexpr (DX) dx = scaled * gain;
+        if constexpr (DX && COUPLED) dx += apart * splat<A>(row.terms.along) + splat<A>(row.terms.shift);
+        if (DX && ROWS == 1 && to.dsum) dx += at(to.dsum);
+        return dx;
     };
-    // All is read before anything is written: sets may lie a multiple of the page apart, and then a load seems to want the last store.
-    auto vectors = [&](int64_t i, auto &&at, Vec<A> *dx) {
-        Element e[ROWS];
-        for (int r = 0; r < ROWS; ++r) e[r] = pulled(rows[r], load(to.gain + i), at);
-        for (int r = 1; r < ROWS; ++r) e[0].g += e[r].g, e[0].dgain += e[r].dgain;
-        if constexpr (PARAMETERS > 0) store(to.dgain + i, load(to.dgain + i) + e[0].dgain);
-        if constexpr (PARAMETERS > 1) store(to.dbias + i, load(to.dbias + i) + e[0].g);
-        for (int r = 0; r < ROWS; ++r) dx[r] = e[r].dx;
-    };
-    auto twins = [&](int64_t i, auto STREAM) {
-        Vec<A> a[ROWS], b[ROWS];
-        vectors(i, [&](auto *p) { return load_half<T, 0>(p + i); }, a);
-        vectors(i + LANES, [&](auto *p) { return load_half<T, 1>(p + i); }, b);
-        if constexpr (DX)
-            for (int r = 0; r < ROWS; ++r) {
-                T *out = to.dx + rows[r].x + i;
-                STREAM.value ? stream_twin<T>(out, {a[r], b[r]}) : store_twin<T>(out, Twin<A>{a[r], b[r]});
+    auto twins = [&](int64_t i, auto STREAM) NK_ASK {
+        auto at = [i](auto *p) { return load_twin<T>(p + i); };
+        const Twin<A> gain = load_twin<A>(to.gain + i);
+        Twin<A> dgain{}, dbias{};
+        if constexpr (PARAMETERS > 0) dgain = load_twin<A>(to.dgain + i);
+        if constexpr (PARAMETERS > 1) dbias = load_twin<A>(to.dbias + i);
+        // Two are read before they are written: sets may lie a multiple of the page apart, and then a load seems to want the last store.
+        constexpr int step = ROWS == 2 ? 2 : 1;
+        for (int64_t r = 0; r < count; r += step) {
+            Twin<A> dx[step];
+            for (int u = 0; u < step; ++u) dx[u] = element(rows[r + u], at, gain, dgain, dbias);
+            for (int u = 0; DX && u < step; ++u) {
+                T *out = to.dx + rows[r + u].x + i;
+                STREAM.value ? stream_twin<T>(out, dx[u]) : store_twin<T>(out, dx[u]);
             }
+        }
+        if constexpr (PARAMETERS > 0) store_twin<A>(to.dgain + i, dgain);
+        if constexpr (PARAMETERS > 1) store_twin<A>(to.dbias + i, dbias);
     };
     constexpr int64_t line = std::max<int64_t>(LINE / int64_t(sizeof(T)), 2 * LANES);
     int64_t i = 0;
-    if constexpr (ROWS == 1 && DX)
-        for (; to.streamed && i + line <= n; i += line) {
-            if (to.ahead) fetch<line>(to.g + i + to.ahead), fetch<line>(to.x + i + to.ahead);
-            for (int64_t j = i; j < i + line; j += 2 * LANES) twins(j, std::true_type{});
+    auto lines = [&](auto STREAM) NK_ASK {
+        for (; i + line <= n; i += line) {
+            for (int64_t r = 0; to.ahead && r < count; ++r) {
+                fetch<line>(to.g + rows[r].x + i + to.ahead);
+                if constexpr (COUPLED || PARAMETERS > 0 || KIND <= OUTPUT) fetch<line>(to.x + rows[r].x + i + to.ahead);
+            }
+            for (int64_t j = i; j < i + line; j += 2 * LANES) twins(j, STREAM);
         }
+    };
+    to.streamed ? lines(std::true_type{}) : lines(std::false_type{});
     for (; i + 2 * LANES <= n; i += 2 * LANES) twins(i, std::false_type{});
     for (; i < n; i += LANES) {
         const TailAt at{i, std::min<int64_t>(LANES, n - i)};
-        for (const Row<A> &row : rows) {
-            Element e = pulled(row, at(to.gain), at);
-            if constexpr (DX) at.put(to.dx + row.x, e.dx);
-            if constexpr (PARAMETERS > 0) at.put(to.dgain, at(to.dgain) + at.only<A>(e.dgain));
-            if constexpr (PARAMETERS > 1) at.put(to.dbias, at(to.dbias) + at.only<A>(e.g));
+        Vec<A> dgain{}, dbias{};
+        for (int64_t r = 0; r < count; ++r) {
+            Vec<A> dx = element(rows[r], at, at(to.gain), dgain, dbias);
+            if constexpr (DX) at.put(to.dx + rows[r].x, dx);
         }
+        if constexpr (PARAMETERS > 0) at.put(to.dgain, at(to.dgain) + dgain);
+        if constexpr (PARAMETERS > 1) at.put(to.dbias, at(to.dbias) + dbias);
     }
 }
 
 template <class T> class VaryingGain : SegmentsBackward<T> {
     using Base = SegmentsBackward<T>;
     using typename Base::A, typename Base::Prepared;
-    using Base::call, Base::center, Base::curved, Base::gradients, Base::parameters, Base::plan, Base::pull_of, Base::pulled, Base::runs,
+    using Base::call, Base::center, Base::coupled, Base::curved, Base::dx_terms, Base::gradients, Base::parameters, Base::plan, Base::runs,
         Base::saved, Base::streamed;
     std::vector<A> ones;             // a gain, where there is a bias alone
     std::vector<A> biases, ungains;  // of an output
@@ -117,6 +121,9 @@ template <class T> class VaryingGain : SegmentsBackward<T> {
   public:
     VaryingGain(const NkPlan &plan, const Backward<T> &call) : Base(plan, call) {
         if (!call.weight) ones.assign(std::size_t(runs.length), A(1));
+        int64_t bytes = runs.size() * int64_t(sizeof(T));
+        bool some = parameters && call.dx && coupled && !curved && !call.dsum;
+        few = some ? std::clamp<int64_t>(4096 / bytes, bytes <= 1 << 15 ? 2 : 1, MOST) : 1;
         if (!saved) return;
         biases.assign(std::size_t(plan.parameters), A(0)), ungains.assign(std::size_t(plan.parameters), A(1));
         for (int64_t p = 0; p < plan.parameters; ++p) {
@@ -139,10 +146,25 @@ template <class T> class VaryingGain : SegmentsBackward<T> {
     }
     // The row-th set of a group, or -1 where the last cycle ends before it.
     int64_t set_of(const Groups &groups, int64_t group, int64_t row) const {
+        if (groups.places == 1 && groups.ks == 1) return row;
         int64_t place = groups.by_k ? group / groups.ks : group, k = groups.by_k ? group % groups.ks : row % groups.ks;
         if (!groups.by_k) row /= groups.ks;
         int64_t o = (row / groups.divisor * groups.places + place) * groups.divisor + row % groups.divisor;
         return o < plan.outer ? o * runs.kept + k : -1;
+    }
+
+    // Sets that share their parameters: first the sums of all, then dx of two at once, or of all where they are short.
+    static constexpr int64_t MOST = LANES / 2;
+    struct Together {
+        int64_t count = 0, set[MOST];
+        DxTerms<A> terms[MOST];
+    };
+    int64_t few;
+    Together next_sets(const Groups &groups, int64_t group, int64_t &row, int64_t end) const {
+        Together sets;
+        for (; row < end && sets.count < few; ++row)
+            if (int64_t set = set_of(groups, group, row); set >= 0) sets.set[sets.count++] = set;
+        return sets;
     }
 
     // The parameters of a group in one buffer: the runs without those that repeat them.
@@ -190,15 +212,13 @@ template <class T> class VaryingGain : SegmentsBackward<T> {
                 walk(print, place_of(plan, runs, first), 0, print.size(), [&](const Stretch &s) {
                     arrange<T>(gain(s), part + 2 * width + s.index, s.n);
                 });
-            int64_t many = rows_at_once(size);
             for (int64_t row = begin; row < end;) {
-                Together sets = next_sets(g, group, row, end, many);
+                Together sets = next_sets(g, group, row, end);
                 if (sets.count == 0) break;
                 Prepared prepared;
-                for (int64_t r = 0; r < sets.count; ++r)
-                    sets.rows[r].pull = pull_of(sets.set[r], sum_varying(sets.set[r], 0, size, prepared));
-                prepared.all = call.dx && pulled && size <= HELD;
-                pull_sets(sets, 0, size, prepared, [&](const Stretch &s) {
+                find_dx_terms(sets, prepared);
+                prepared.all = call.dx && coupled && size <= HELD;
+                write_dx(sets, 0, size, prepared, [&](const Stretch &s) {
                     int64_t run = (runs.per_far ? s.f : 0) * print.mid + (runs.per_mid ? s.m : 0);
                     A *at = along(part, run * runs.length + s.inside);
                     return Arranged{reordered<T> ? at + 2 * width : gain(s), at, along(at, width)};
@@ -211,15 +231,40 @@ template <class T> class VaryingGain : SegmentsBackward<T> {
                     });
             if (streamed) end_of_stream();
         });
-        if (parameters) gather_varying(g, print, parts, batches, slots * width, width);
+        if (parameters) reduce_partials(g, print, parts, batches, slots * width, width);
     }
 
-    Output<A> output(const Stretch &s) const { return {biases.data() + s.parameter, ungains.data() + s.parameter}; }
+    Output<A> output(int64_t parameter) const { return saved ? Output<A>{biases.data() + parameter, ungains.data() + parameter} : Output<A>{}; }
     const A *gain(const Stretch &s) const { return call.weight ? call.weight + s.parameter : ones.data() + s.inside; }
+
+    void find_dx_terms(Together &sets, Prepared &prepared) const {
+        if (curved || !call.dx || !coupled || runs.length != runs.size() || runs.length > BLOCK) {
+            for (int64_t r = 0; r < sets.count; ++r)
+                sets.terms[r] = dx_terms(sets.set[r], sum_varying(sets.set[r], 0, runs.size(), prepared));
+            return;
+        }
+        // Sets of one run, as most are: all in registers, and the lanes of all their sums are added up at once.
+        Vec<A> sums[LANES];
+        for (int64_t r = sets.count; r < MOST; ++r) sums[r] = sums[MOST + r] = Vec<A>{};
+        for (int64_t r = 0; r < sets.count; ++r) {
+            Place at = place_of(plan, runs, sets.set[r]);
+            PairSums<A> pair;
+            const A *gain = call.weight ? call.weight + at.parameter : ones.data();
+            auto add = [&](auto KIND) {
+                add_varying<KIND.value>(pair, call.dy + at.x, call.x + at.x, gain, runs.length, center(sets.set[r]), output(at.parameter));
+            };
+            saved ? this->of_output(add) : add(std::integral_constant<int, NK_LINEAR>{});
+            sums[r] = (pair.g[0] + pair.g[1]) + (pair.g[2] + pair.g[3]);
+            sums[MOST + r] = (pair.gx[0] + pair.gx[1]) + (pair.gx[2] + pair.gx[3]);
+        }
+        alignas(64) A totals[LANES];
+        store(totals, sum_each<A>(sums));
+        for (int64_t r = 0; r < sets.count; ++r) sets.terms[r] = dx_terms(sets.set[r], {totals[r], totals[MOST + r]});
+    }
 
     Pair<double> sum_varying(int64_t set, int64_t begin, int64_t end, Prepared &prepared) const {
         Pair<double> total{0, 0};
-        if (!call.dx || !pulled) return total;
+        if (!call.dx || !coupled) return total;
         Place at = place_of(plan, runs, set);
         A c = center(set);
         for (int64_t chunk = begin; chunk < end; chunk += CHUNK) {
@@ -232,7 +277,7 @@ template <class T> class VaryingGain : SegmentsBackward<T> {
                         if constexpr (std::is_same_v<decltype(g), const T *>)
                             if (this->saved)
                                 return this->of_output([&](auto KIND) {
-                                    add_varying<KIND.value>(sums, g, x, gain(s) + offset, n, c, output(s));
+                                    add_varying<KIND.value>(sums, g, x, gain(s) + offset, n, c, output(s.parameter));
                                 });
                         add_varying<NK_LINEAR>(sums, g, x, gain(s) + offset, n, c, Output<A>{});
                     });
@@ -244,71 +289,51 @@ template <class T> class VaryingGain : SegmentsBackward<T> {
         return total;
     }
 
-    // Sets that share their parameters and are pulled together.
-    struct Together {
-        int64_t count = 0, set[2];
-        Row<A> rows[2];
-    };
-    int64_t rows_at_once(int64_t size) const {
-        bool two = parameters && call.dx && pulled && !curved && !call.dsum && !streamed && size * int64_t(sizeof(T)) <= 1 << 15;
-        return two ? 2 : 1;
-    }
-    Together next_sets(const Groups &groups, int64_t group, int64_t &row, int64_t end, int64_t many) const {
-        Together sets;
-        int64_t first = 0;
-        for (; row < end && sets.count < many; ++row) {
-            int64_t set = set_of(groups, group, row);
-            if (set < 0) continue;
-            int64_t x = place_of(plan, runs, set).x;
-            if (sets.count == 0) first = x;
-            sets.set[sets.count] = set;
-            sets.rows[sets.count++] = {x - first, {}};
-        }
-        return sets;
-    }
-
     // `local` says where the gain of a stretch is, and where the gradients are gathered.
-    template <class Local> void pull_sets(const Together &sets, int64_t begin, int64_t end, Prepared &prepared, Local &&local) const {
-        int64_t ahead = curved ? 0 : step_ahead<T>(runs, 1);
-        walk(runs, place_of(plan, runs, sets.set[0]), begin, end, [&](const Stretch &s) {
-            Arranged at = local(s);
-            gradients(s, sets.set[0], prepared, [&](auto *g, int64_t offset, int64_t n) {
-                using G = std::remove_const_t<std::remove_pointer_t<decltype(g)>>;
-                int64_t p = s.x + offset;
-                Varying<G, T> to{g,
-                                 call.x + p,
-                                 along(call.dsum, p),
-                                 along(call.dx, p),
-                                 at.gain + offset,
-                                 along(at.dgain, offset),
-                                 along(at.dbias, offset),
-                                 ahead,
-                                 streamed,
-                                 saved ? output(s) : Output<A>{}};
-                auto with_parameters = [&](auto DX, auto PULLED) {
-                    constexpr bool dx = DX.value, pull = PULLED.value, raw = std::is_same_v<G, T>;
-                    auto with_rows = [&](auto PARAMETERS, auto KIND) {
-                        if constexpr (pull && raw)
-                            if (sets.count == 2) return pull_varying<2, PARAMETERS.value, dx, pull, KIND.value>(to, sets.rows, n);
-                        pull_varying<1, PARAMETERS.value, dx, pull, KIND.value>(to, sets.rows, n);
+    template <class Local> void write_dx(const Together &sets, int64_t begin, int64_t end, Prepared &prepared, Local &&local) const {
+        int64_t ahead = curved ? 0 : step_ahead<T>(runs, few), together = few > 2 ? few : 2;
+        for (int64_t first = 0; first < sets.count; first += together) {
+            Row<A> rows[MOST];
+            int64_t count = std::min(together, sets.count - first);
+            Place at = place_of(plan, runs, sets.set[first]);
+            for (int64_t r = 0; r < count; ++r)
+                rows[r] = {place_of(plan, runs, sets.set[first + r]).x - at.x, sets.terms[first + r]};
+            walk(runs, at, begin, end, [&](const Stretch &s) {
+                Arranged at = local(s);
+                gradients(s, sets.set[first], prepared, [&](auto *g, int64_t offset, int64_t n) {
+                    using G = std::remove_const_t<std::remove_pointer_t<decltype(g)>>;
+                    int64_t p = s.x + offset;
+                    A *dgain = along(at.dgain, offset), *dbias = along(at.dbias, offset);
+                    Varying<G, T> to{g,     call.x + p, along(call.dsum, p), along(call.dx, p), at.gain + offset, dgain,
+                                     dbias, ahead,      streamed,            output(s.parameter)};
+                    auto with_parameters = [&](auto DX, auto COUPLED) {
+                        constexpr bool dx = DX.value, couples = COUPLED.value;
+                        constexpr bool raw = std::is_same_v<G, T>;
+                        auto with_rows = [&](auto PARAMETERS, auto KIND) {
+                            if constexpr (couples && raw && PARAMETERS.value > 0)
+                                if (count > 1)
+                                    return (count == 2 ? dx_varying<2, PARAMETERS.value, dx, couples, KIND.value, T, T>
+                                                       : dx_varying<0, PARAMETERS.value, dx, couples, KIND.value, T, T>)(to, rows, count, n);
+                            for (int64_t r = 0; r < count; ++r) dx_varying<1, PARAMETERS.value, dx, couples, KIND.value>(to, rows + r, 1, n);
+                        };
+                        auto go = [&](auto KIND) {
+                            if (call.dbias) with_rows(std::integral_constant<int, 2>{}, KIND);
+                            else if (call.dweight) with_rows(std::integral_constant<int, 1>{}, KIND);
+                            else if constexpr (dx) with_rows(std::integral_constant<int, 0>{}, KIND);
+                        };
+                        if constexpr (raw)
+                            if (this->saved) return this->of_output(go);
+                        go(std::integral_constant<int, NK_LINEAR>{});
                     };
-                    auto go = [&](auto KIND) {
-                        if (call.dbias) with_rows(std::integral_constant<int, 2>{}, KIND);
-                        else if (call.dweight) with_rows(std::integral_constant<int, 1>{}, KIND);
-                        else if constexpr (dx) with_rows(std::integral_constant<int, 0>{}, KIND);
-                    };
-                    if constexpr (raw)
-                        if (this->saved) return this->of_output(go);
-                    go(std::integral_constant<int, NK_LINEAR>{});
-                };
-                if (!call.dx) return with_parameters(std::false_type{}, std::false_type{});
-                with_flag(pulled, [&](auto PULLED) { with_parameters(std::true_type{}, PULLED); });
+                    if (!call.dx) return with_parameters(std::false_type{}, std::false_type{});
+                    with_flag(coupled, [&](auto COUPLED) { with_parameters(std::true_type{}, COUPLED); });
+                });
             });
-        });
+        }
     }
 
     // The batches' partial gradients, added in order.
-    void gather_varying(const Groups &g, const Runs &print, const A *parts, int64_t batches, int64_t step, int64_t width) const {
+    void reduce_partials(const Groups &g, const Runs &print, const A *parts, int64_t batches, int64_t step, int64_t width) const {
         int64_t stripes = (print.size() + PIECE - 1) / PIECE;
         for_each(g.count * stripes, [&](int64_t task) {
             int64_t group = task / stripes, begin = task % stripes * PIECE, n = std::min(PIECE, print.size() - begin);
@@ -331,7 +356,7 @@ template <class T> class VaryingGain : SegmentsBackward<T> {
 
     void run_by_columns(const Groups &g) {
         int64_t chunks = runs.chunks(), size = runs.size();
-        std::vector<Pair<double>> parts(call.dx && pulled ? runs.sets * chunks : 0);
+        std::vector<Pair<double>> parts(call.dx && coupled ? runs.sets * chunks : 0);
         for_each(parts.size(), [&](int64_t task) {
             Prepared prepared;
             int64_t begin = task % chunks * CHUNK;
@@ -349,15 +374,15 @@ template <class T> class VaryingGain : SegmentsBackward<T> {
                 });
             Prepared prepared;
             for (int64_t row = 0; row < g.rows;) {
-                Together sets = next_sets(g, group, row, g.rows, rows_at_once(0));
+                Together sets = next_sets(g, group, row, g.rows);
                 if (sets.count == 0) break;
                 for (int64_t r = 0; r < sets.count; ++r) {
                     Pair<double> sums{0, 0};
                     for (int64_t chunk = 0, at = sets.set[r] * chunks; !parts.empty() && chunk < chunks; ++chunk)
                         sums += parts[at + chunk];
-                    sets.rows[r].pull = pull_of(sets.set[r], sums);
+                    sets.terms[r] = dx_terms(sets.set[r], sums);
                 }
-                pull_sets(sets, begin, end, prepared, [&](const Stretch &s) {
+                write_dx(sets, begin, end, prepared, [&](const Stretch &s) {
                     int64_t at = s.index - begin;
                     return Arranged{reordered<T> ? arranged + at : gain(s), dgain + at, dbias + at};
                 });

@@ -11,7 +11,7 @@
 namespace nk {
 namespace {
 
-constexpr int64_t FIRST_CACHE = 1 << 15;  // bytes
+constexpr int64_t FIRST_CACHE = 1 << 15, SECOND_CACHE = 1 << 20;  // bytes
 constexpr int64_t PIECE = 1024;           // of values before a curved activation
 
 // Sums of up to BLOCK elements about a shift: of x - shift, and of its square.
@@ -97,7 +97,7 @@ template <class T> class SegmentsForward {
     std::vector<A> own_weight, own_bias;
     const Runs whole, runs;  // for reading alone, and with the parameters
     const T *x;              // what is normalized
-    const int64_t few;       // small sets that are measured before they are mapped, all of them in the first cache
+    const int64_t few;       // small sets that are measured before they are mapped
     const int64_t ahead;
     const bool curved, streamed;
     const Range range;  // of a block
@@ -113,10 +113,10 @@ template <class T> class SegmentsForward {
           whole(runs_of(this->plan, false)),
           runs(runs_of(this->plan, call.weight || call.bias)),
           x(call.residual ? call.sum : call.x),
-          few(whole.size() * int64_t(sizeof(T)) <= FIRST_CACHE / LANES ? LANES : 2),
+          few(few_of(whole.size() * int64_t(sizeof(T)))),
           ahead(plan.given ? 0 : step_ahead<T>(whole, whole.size() <= BLOCK ? few : 1)),
           curved(plan.activation > NK_RELU),
-          streamed(plan.stream && runs.length * int64_t(sizeof(T)) >= 8 * LINE && x != call.y && on_element(call.y)),
+          streamed(streams(runs.length * int64_t(sizeof(T)))),
           range(Range::of<A>(plan, std::min(whole.size(), BLOCK))),
           least(plan.activation == NK_RELU ? A(0) : -std::numeric_limits<A>::infinity()),
           straight((streamed ? mapper<T, T, true> : mapper<T, T, false>)(runs.vector && call.weight, runs.vector && call.bias)),
@@ -141,8 +141,19 @@ template <class T> class SegmentsForward {
     }
 
   private:
-    // What is found of a few sets: no more than a vector has lanes.
-    struct Found {
+    // In the cache, many sets hide the steps of each. From memory, reading and writing in turns of more than half a page takes up to twice
+    // the time.
+    int64_t few_of(int64_t bytes) const {
+        bool many = bytes * whole.sets <= SECOND_CACHE / 2 || (bytes <= 1024 && streams(runs.length * int64_t(sizeof(T))));
+        return std::clamp<int64_t>((many ? FIRST_CACHE : 2048) / bytes, 1, LANES);
+    }
+    bool streams(int64_t bytes) const {
+        bool lines = bytes >= 8 * LINE || (bytes % LINE == 0 && until_line(call.y) == 0);
+        return plan.stream && lines && x != call.y && on_element(call.y);
+    }
+
+    // Statistics of a few sets: no more than a vector has lanes.
+    struct Batch {
         A shift[LANES] = {}, high[LANES], inverse[LANES], low[LANES];
         double first[LANES] = {}, second[LANES] = {};
     };
@@ -153,18 +164,18 @@ template <class T> class SegmentsForward {
         int64_t size = runs.size(), together = std::max<int64_t>(1, CHUNK / (size * few)) * few;
         for_each((runs.sets + together - 1) / together, [&](int64_t task) {
             for (int64_t set = task * together, end = std::min(runs.sets, set + together); set < end; set += few) {
-                Found found;
+                Batch batch;
                 int64_t n = std::min(few, end - set);
                 if (!plan.given) {
-                    for (int64_t i = 0; i < n; ++i) found.shift[i] = begin_small<CENTRED>(set + i);
+                    for (int64_t i = 0; i < n; ++i) batch.shift[i] = begin_small<CENTRED>(set + i);
                     for (int64_t i = 0; i < n; ++i) {
-                        auto block = measure_small<CENTRED>(set + i, found.shift[i]);
-                        found.shift[i] = block.shift, found.first[i] = block.first, found.second[i] = block.second;
+                        auto block = measure_small<CENTRED>(set + i, batch.shift[i]);
+                        batch.shift[i] = block.shift, batch.first[i] = block.first, batch.second[i] = block.second;
                     }
-                    settle<CENTRED>(set, n, found);
+                    finalize<CENTRED>(set, n, batch);
                 }
                 for (int64_t i = 0; i < n; ++i)
-                    apply(set + i, plan.given ? given(set + i) : Map<A>{found.high[i], found.inverse[i], found.low[i]}, 0, size);
+                    apply(set + i, plan.given ? given(set + i) : Map<A>{batch.high[i], batch.inverse[i], batch.low[i]}, 0, size);
             }
             if (streamed) end_of_stream();
         });
@@ -183,23 +194,23 @@ template <class T> class SegmentsForward {
         return block_of<A, CENTRED>(size, shift, range, [&](auto &sums, auto about) { sums.add(x + at.x, size, about); });
     }
 
-    template <bool CENTRED> void settle(int64_t set, int64_t n, Found &found) const {
+    template <bool CENTRED> void finalize(int64_t set, int64_t n, Batch &batch) const {
         const double share = 1 / double(whole.size());
         if constexpr (CENTRED)
             for (int i = 0; i < LANES; ++i) {
-                double apart = found.first[i] * share, square = found.second[i] - found.first[i] * apart;
-                found.second[i] = square < 0 ? 0 : square;
-                found.high[i] = A(found.shift[i] + apart);
-                found.low[i] = A((found.shift[i] - double(found.high[i])) + apart);
+                double apart = batch.first[i] * share, square = batch.second[i] - batch.first[i] * apart;
+                batch.second[i] = square < 0 ? 0 : square;
+                batch.high[i] = A(batch.shift[i] + apart);
+                batch.low[i] = A((batch.shift[i] - double(batch.high[i])) + apart);
             }
-        inverse_scales(plan, found.second, found.inverse, n);
+        inverse_scales(plan, batch.second, batch.inverse, n);
         for (int64_t i = 0; i < n; ++i) {
-            if constexpr (CENTRED) found.low[i] *= found.inverse[i];
-            else found.high[i] = found.low[i] = 0;
+            if constexpr (CENTRED) batch.low[i] *= batch.inverse[i];
+            else batch.high[i] = batch.low[i] = 0;
         }
-        if (call.inverse) std::copy_n(found.inverse, n, call.inverse + set);
-        if (call.center) std::copy_n(found.high, n, call.center + set);
-        for (int64_t i = 0; call.variance && i < n; ++i) call.variance[set + i] = A(found.second[i] * share);
+        if (call.inverse) std::copy_n(batch.inverse, n, call.inverse + set);
+        if (call.center) std::copy_n(batch.high, n, call.center + set);
+        for (int64_t i = 0; call.variance && i < n; ++i) call.variance[set + i] = A(batch.second[i] * share);
     }
 
     // Few and large sets: first all the parts are measured, then all are mapped.
@@ -264,7 +275,7 @@ template <class T> class SegmentsForward {
         return {call.center ? calm(call.center[set]) : A(0), call.inverse ? calm(call.inverse[set]) : A(1), 0};
     }
 
-    // Keeps what is found of a set.
+    // Keeps the statistics of a set.
     Map<A> map_of(int64_t set, const Moments<double> &moments) const {
         if (plan.given) return given(set);
         A high = A(moments.mean), inverse = inverse_scale<A>(plan, moments.square);

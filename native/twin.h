@@ -123,12 +123,6 @@ template <> struct TwinOf<bfloat16, float> {
 };
 #endif
 
-// Where registers are few: one vector of a twin after the other.
-template <class T, int HALF, class P> inline Vec<accumulator<T>> load_half(const P *p) {
-    auto twin = TwinOf<T, P>::load(p);
-    return HALF == 0 ? twin.a : twin.b;
-}
-
 // Parameters that are read often can be brought into the order of T beforehand: `to` holds twins of them as one vector after the other.
 template <class T, class A> inline void arrange(const A *from, A *to, int64_t n) {
     int64_t i = 0;

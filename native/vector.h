@@ -219,4 +219,19 @@ template <class A> inline A sum_lanes(Vec<A> v) {
     return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
 }
 
+// The sums over the lanes of LANES vectors, one in each lane; the vectors are used up.
+template <class A> inline Vec<A> sum_each(Vec<A> (&v)[LANES]) {
+#if defined(__clang__)
+    for (int i = 0; i < LANES; ++i) v[0][i] = sum_lanes<A>(v[i]);
+#else
+    for (int bit = 1; bit < LANES; bit *= 2) {
+        Mask<A> even, odd;
+        for (int i = 0; i < LANES; ++i) even[i] = (i & bit ? LANES : 0) + (i & ~bit), odd[i] = even[i] + bit;
+        for (int i = 0; i < LANES / 2 / bit; ++i)
+            v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], even) + __builtin_shuffle(v[2 * i], v[2 * i + 1], odd);
+    }
+#endif
+    return v[0];
+}
+
 }  // namespace nk

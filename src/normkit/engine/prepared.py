@@ -21,10 +21,10 @@ ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4, "leaky_
 _SCALES = {("mean", "std"): 1, ("mean", None): 0, (None, "rms"): 1, (None, "norm"): 2}
 _GUARDS = {"inside": 0, "outside": 1, "floor": 2}
 # The codes above are those of native/plan.h, and change with it and with the library's ABI number.
-# Above this size the output is written past the cache. Its lines are then not fetched before they are overwritten, which
-# gains more than the next reader loses: measured with a reader behind the output, from 12 MB on. In a half type, whose vectors
-# are no whole lines, 12 MB lose a quarter.
-_STREAM_BYTES = {2: 1 << 25, 4: 1 << 23, 8: 1 << 23}  # by the size of an element
+# Between these sizes the output is written past the cache. Below, a reader still finds it there; with a reader behind, 12 MB take
+# 15 % less time past the cache. From 32 MB on malloc maps new pages, which the system has just zeroed in the cache. In a half type,
+# whose vectors are no whole lines, 12 MB lose a quarter.
+_STREAM_BYTES = range((10 << 20) + 1, 1 << 25)
 _WEIGHT, _BIAS, _OUTPUT = 1, 2, 4  # bits of NkPlan.parts: which parameters a call passes; y is kept for backward, not x
 
 
@@ -135,7 +135,7 @@ def prepare(
         *(statistic.epsilon(wide), offset),
         *(TYPES[x.dtype], TYPES[wide if parameter is None else parameter.dtype]),
         *(statistic.center is not None, scale, _GUARDS[statistic.guard], statistic.correction),
-        *(ACTIVATIONS[activation], given, x.numel() * x.itemsize > _STREAM_BYTES[x.itemsize]),
+        *(ACTIVATIONS[activation], given, x.itemsize > 2 and x.numel() * x.itemsize in _STREAM_BYTES),
         _WEIGHT * (weight is not None) + _BIAS * (bias is not None) + _OUTPUT * output,
     )
     return Prepared(
