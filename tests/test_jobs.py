@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from normkit.catalogue import drawing as slides
 from normkit.catalogue.diagram import members
-from normkit.catalogue.drawing import draw_methods
+from normkit.catalogue.drawing import SLIDES, Slide, draw_methods, reached
 from normkit.catalogue.methods import method
 from normkit.core.errors import OptionError
 from normkit.diagnostics.conditioning import chi, condition_number
@@ -345,9 +345,9 @@ def test_compensation_restores_the_input(tmp_path: Path) -> None:
 CARDS = ("batch_norm", "layer_norm", "layer_norm", "instance_norm", "group_norm")
 
 
-@pytest.mark.parametrize(("slide", "card"), list(zip(slides.SLIDES.values(), CARDS, strict=True)), ids=slides.SLIDES)
-def test_differentiation_finds_the_support_set(slide: slides.Slide, card: str) -> None:
-    found = slides.reached(slide)
+@pytest.mark.parametrize(("slide", "card"), list(zip(SLIDES.values(), CARDS, strict=True)), ids=SLIDES)
+def test_differentiation_finds_the_support_set(slide: Slide, card: str) -> None:
+    found = reached(slide)
     rule = slide.layer.rule
     images = slide.labels[1] == "channels"
     assert_close(found, members(rule.support, found.shape, (0, 5, 0) if images else (0, 0, 5)))
@@ -355,7 +355,7 @@ def test_differentiation_finds_the_support_set(slide: slides.Slide, card: str) -
 
 
 def test_slides_are_drawn_by_name(tmp_path: Path) -> None:
-    assert [path.stem for path in draw_methods(["slides"], tmp_path)] == list(slides.SLIDES)
+    assert [path.stem for path in draw_methods(["slides"], tmp_path)] == list(SLIDES)
     assert list(draw_methods(["slides"], tmp_path, together=True)) == [tmp_path / "support-sets.svg"]
 
 

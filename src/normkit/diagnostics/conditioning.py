@@ -134,7 +134,7 @@ def operator_spectrum(kernel: Tensor, size: Sequence[int], groups: int = 1, stri
     steps = tuple(stride) or (1,) * len(taps)
     if len(steps) != len(taps) or any(n % s for n, s in zip(size, steps, strict=True)):
         raise ShapeError(
-            f"operator_spectrum: stride {show(steps)} on inputs of {show(size)}; wanted a divisor per size"
+            f"operator_spectrum: stride {show(steps)} on inputs of size {show(size)}; wanted a divisor per size"
         )
     axes = tuple(range(2, kernel.dim()))
     response = torch.fft.fftn(wide(kernel), s=tuple(size), dim=axes)
