@@ -20,9 +20,8 @@ check: $(VENV)/.check         ## style, types and the direction of imports
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 
-bench: $(VENV)/.lab           ## speed beside torch's own layers, as ratios in one run (minutes)
-	$(BIN)/normkit bench --quick
-	$(BIN)/python benchmarks/conditioning.py --rounds 4
+bench: $(VENV)/.test          ## benchmarks/RESULTS.md made again, beside torch (half an hour; for a minute: normkit bench --quick)
+	PATH="$(abspath $(BIN)):$$PATH" sh benchmarks/measure.sh
 
 native: $(VENV)/.lab          ## the kernels, compiled again where their sources are newer; says what runs here
 	NORMKIT_NEEDS_KERNELS=1 $(INSTALL) --no-deps --editable .

@@ -1,116 +1,155 @@
-"""A training step of whole networks, as they are and with their norms handed to normkit: time, and memory kept for it.
+"""A training step and an inference of whole networks: eager, compiled, with `normkit.accelerate`, with both.
 
-    python benchmarks/end_to_end.py [--rounds 9] [--threads N] [--output benchmarks/RESULTS.md]
+    python benchmarks/end_to_end.py [--networks resnet,llama] [--rounds 9] [--threads N] [--output benchmarks/RESULTS.md]
 
-Every variant runs in each round, in shuffled order, in one process; a time is the first quartile over rounds. Memory is what
-autograd keeps between forward and backward, each storage once.
+Every variant runs in each round, in shuffled order, in one process; a time is the first quartile over rounds, an interval that of
+95% of the median ratio of a round. With one thread it is processor time. The share of the norms is what a step saves with an
+identity in the place of each: no faster norm can gain more. Networks that are in the record already, measured alike, are not
+measured again without --overwrite.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import normkit as nk
-from normkit.engine.library import description
-from normkit.lab.bench.race import race
-from normkit.lab.bench.report import replace_section
-from normkit.lab.devices import cores, processor
-from normkit.lab.models.convolutional import resnet18
+from networks import NETWORKS, Field, made
+from normkit.lab.bench.race import quartile, samples
+from normkit.lab.memory import peak_bytes
+from normkit.weights.weight_conditioning import weight_conditioning
+from page import earlier, how, only, ratio, said, table, write
+
+TITLE = "End to end"
+TIMED = tuple(name for name in NETWORKS if name != "densenet")
+PEERS = ("compiled", "accelerated", "both")
 
 
-class ConvNeXtBlock(nn.Module):
-    """Depthwise convolution, layer normalization over channels, and two linear layers around a GELU."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.depthwise = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
-        self.norm = nn.LayerNorm(channels, eps=1e-6)
-        self.widen, self.narrow = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.depthwise(x).permute(0, 2, 3, 1)
-        return x + self.narrow(nn.functional.gelu(self.widen(self.norm(h)))).permute(0, 3, 1, 2)
+def accelerated(model: nn.Module) -> nn.Module:
+    """A copy with its norms, or what conditions its weights, handed to normkit."""
+    return Field(weight_conditioning) if isinstance(model, Field) else nk.accelerate(copy.deepcopy(model)).model
 
 
-def networks() -> dict[str, tuple[nn.Module, Tensor]]:
-    transformer = nn.TransformerEncoder(
-        nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True, norm_first=True),
-        4,
-        enable_nested_tensor=False,
-    )
-    convnext = nn.Sequential(nn.Conv2d(3, 96, 4, 4), *(ConvNeXtBlock(96) for _ in range(3)))
-    return {
-        "transformer, 4 x 256, 8 x 256 tokens": (transformer, torch.randn(8, 256, 256)),
-        "ConvNeXt-style, 3 x 96, 8 images 64x64": (convnext, torch.randn(8, 3, 64, 64)),
-        "ResNet-18, width 0.5, 16 images 32x32": (resnet18(width=0.5), torch.randn(16, 3, 32, 32)),
-        "ResNet-18, width 0.5, channels last": (
-            resnet18(width=0.5).to(memory_format=torch.channels_last),  # pyright: ignore[reportCallIssue]
-            torch.randn(16, 3, 32, 32).to(memory_format=torch.channels_last),
-        ),
-    }
+def bare(model: nn.Module) -> nn.Module:
+    """A copy without what is measured: an identity for each norm, or plain weights."""
+    if isinstance(model, Field):
+        return Field(lambda layer: None)
+    model = copy.deepcopy(model)
+    for change in nk.accelerate(copy.deepcopy(model)):
+        model.set_submodule(change.layer, nn.Identity())
+    return model
 
 
-def step(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    def run() -> None:
+def step(model: nn.Module, x: Tensor, training: bool) -> Callable[[], object]:
+    model = model.train(training)
+
+    def infer() -> None:
+        with torch.no_grad():
+            model(x)
+
+    def learn() -> None:
         model.zero_grad()
         model(x).square().mean().backward()
 
-    return run
+    return learn if training else infer
 
 
-def kept_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes that autograd keeps for the backward pass, parameters aside."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages: dict[int, int] = {}
+def measure(name: str, rounds: int) -> dict[str, Any]:
+    """Times and peaks of one network, training and inferring."""
+    model, x = made(name)
+    found: dict[str, Any] = {"title": NETWORKS[name].title}
+    for direction, training in (("training", True), ("inference", False)):
+        torch._dynamo.reset()
+        ours = accelerated(model)
+        variants = {
+            "eager": model,
+            "compiled": torch.compile(copy.deepcopy(model)),
+            "accelerated": ours,
+            "both": torch.compile(copy.deepcopy(ours)),
+            "bare": bare(model),
+        }
+        runs = {key: step(variant, x, training) for key, variant in variants.items()}
+        start = time.perf_counter()
+        for key, run in runs.items():
+            print(f"{name}, {direction}: {key}", flush=True)
+            run()
+        prepared = time.perf_counter() - start
+        times = samples(runs, rounds, time.process_time if torch.get_num_threads() == 1 else time.perf_counter)
+        share = 1 - quartile(times["bare"]) / quartile(times["eager"])
+        found[direction] = {"ms": quartile(times["eager"]) * 1e3, "share": share, "compiling_seconds": prepared}
+        found[direction] |= {peer: ratio(times["eager"], times[peer]) for peer in PEERS}
+        if training:
+            for key, each in (("eager", model), ("accelerated", ours)):
+                each.zero_grad()
+                found[f"peak_{key}"] = peak_bytes(runs[key], x.device)
+    return found
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(x).square().mean()
-    del loss
-    return sum(storages.values())
+def row(found: dict[str, Any]) -> list[str]:
+    """One line of the table, training; inference: a ratio above 1 is a gain."""
+    both = [found["training"], found["inference"]]
+    cells = ["; ".join(f"{own['ms']:.1f}" for own in both)]
+    for peer in PEERS:
+        cells.append("; ".join(said(own[peer][: 3 if peer == "accelerated" else 1]) for own in both))
+    cells.append("; ".join(f"{own['share']:.0%}" for own in both))
+    return [found["title"], *cells, "; ".join(f"{found[f'peak_{key}'] / 1e6:.0f}" for key in ("eager", "accelerated"))]
+
+
+def nothing_gained(results: dict[str, Any]) -> str:
+    """Which steps accelerate does not make faster, and by how much it could."""
+    flat = []
+    for found in results.values():
+        for direction in ("training", "inference"):
+            own = found[direction]
+            middle, low, _ = own["accelerated"]
+            if (low or middle) <= 1:
+                limit = 1 / (1 - own["share"]) if 0 < own["share"] < 1 else 1.0
+                flat.append(f"{found['title'].split(',')[0]} {direction} (at most {limit:.2f})")
+    if not flat:
+        return "Every step is faster by itself."
+    return (
+        "Nothing beyond noise is gained by the norms alone in: "
+        + ", ".join(flat)
+        + ". In brackets what a norm that takes no "
+        "time would gain: matrix products and convolutions, which are the same in both, take the rest."
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", default="", help=f"some of {','.join(TIMED)}")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--output", type=Path, help="a markdown file whose section 'End to end' is replaced")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    rows = [
-        "| network | original ms | accelerated ms | original / accelerated | kept MB, original | accelerated |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
-    for name, (model, x) in networks().items():
-        ours = nk.accelerate(copy.deepcopy(model)).model
-        seconds = race({"original": step(model, x), "accelerated": step(ours, x)}, arguments.rounds)
-        megabytes = [kept_bytes(m, x) / 1e6 for m in (model, ours)]
-        rows.append(
-            f"| {name} | {seconds['original'] * 1e3:.1f} | {seconds['accelerated'] * 1e3:.1f} "
-            f"| {seconds['original'] / seconds['accelerated']:.2f} | {megabytes[0]:.1f} | {megabytes[1]:.1f} |"
+    parser.add_argument("--output", type=Path, help=f"a Markdown file whose section '{TITLE}' is replaced")
+    parser.add_argument("--overwrite", action="store_true")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    alike = {"rounds": options.rounds, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    text, results = "", {name: found for name, found in earlier(options.output, TITLE).items() if found["how"] == alike}
+    for number, name in enumerate(chosen := only(options.networks, dict.fromkeys(TIMED)), 1):
+        if options.overwrite or name not in results:
+            print(f"[{number}/{len(chosen)}] {NETWORKS[name].title}", flush=True)
+            results[name] = {**measure(name, options.rounds), "how": alike}
+        results = {name: results[name] for name in TIMED if name in results}
+        columns = ("network", "eager ms", *PEERS, "norms' share", "peak MB, eager; accelerated")
+        command = f"python benchmarks/end_to_end.py --rounds {options.rounds}" + (
+            f" --threads {options.threads}" if options.threads else ""
         )
-        print(rows[-1], flush=True)
-    text = (
-        f"`python benchmarks/end_to_end.py --rounds {arguments.rounds}`, {date.today()}, {processor()}, {cores()} cores, "
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, native kernels: {description()}. A training step "
-        "(forward, backward) of the same network with torch's norms, and after `normkit.accelerate`. Kept is what autograd "
-        "holds between forward and backward.\n\n" + "\n".join(rows)
-    )
-    if arguments.output:
-        replace_section(arguments.output, "End to end", text)
+        text = (
+            f"{how(command)} Training step; inference: eager time over that of `torch.compile`, of `normkit.accelerate` with the "
+            "interval, and of both (above 1 is a gain); the norms' share of eager time; the peak of the training step.\n\n"
+            f"{table(columns, [row(found) for found in results.values()])}\n\n{nothing_gained(results)}"
+        )
+        write(options.output, TITLE, text, results)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@
 
 It needs transformers, for two of the networks.
 
-Both run in each round, in shuffled order, in one process of one thread; a time is the first quartile over rounds of the time that
-the thread computed.
+Both run in each round, in turns, in one process of one thread; a time is the first quartile over rounds of processor time.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import argparse
 import copy
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -22,11 +20,10 @@ from torch import Tensor, nn
 from transformers import MobileNetV2Config, MobileNetV2Model, ResNetConfig, ResNetModel
 
 import normkit as nk
-from normkit.lab.bench.race import race
-from normkit.lab.bench.report import replace_section
-from normkit.lab.devices import cores, processor
+from normkit.lab.bench.race import quartile
 from normkit.lab.models.convolutional import resnet18
 from normkit.surgery.watch import run_on
+from page import alternate, how, ratio, said, table, write
 
 
 class Block(nn.Module):
@@ -78,32 +75,24 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rows = [
-        "| network | layers folded | error | original ms | folded ms | original / folded |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
+    found, rows = {}, []
     for name, (model, x, options) in networks().items():
         for tensor in [*model.parameters()]:  # not as they start, where gains and biases are nothing to fold
             tensor.data += 0.2 * tensor.abs().mean() * torch.randn_like(tensor) + 1e-3
         changes = nk.fold(copy.deepcopy(model.eval()), x, **options)
-        seconds = race(
-            {"original": infer(model, x), "folded": infer(changes.model, x)}, arguments.rounds, time.process_time
-        )
-        error = max(row.error or 0.0 for row in changes)
-        rows.append(
-            f"| {name} | {len(changes)} | {error:.0e} | {seconds['original'] * 1e3:.2f} | {seconds['folded'] * 1e3:.2f} "
-            f"| {seconds['original'] / seconds['folded']:.2f} |"
-        )
-        print(rows[-1], flush=True)
+        before, after = alternate(infer(model, x), infer(changes.model, x), arguments.rounds, time.process_time)
+        error, gain = max(row.error or 0.0 for row in changes), ratio(before, after)
+        found[name] = {"layers": len(changes), "error": error, "original / folded": gain, "ms": quartile(before) * 1e3}
+        rows.append([name, str(len(changes)), f"{error:.0e}", f"{found[name]['ms']:.2f}", said(gain)])
+        print(" | ".join(rows[-1]), flush=True)
     text = (
-        f"`python benchmarks/fold.py --rounds {arguments.rounds}`, {date.today()}, {processor()}, {cores()} cores, torch "
-        f"{torch.__version__}, one thread, its computing time. One forward pass of the same network, as it is and after "
-        "`normkit.fold`; the error is the largest of all folds, relative to the largest output, in float32. Centring leaves "
-        "torch's RMS normalization, on a CPU several operations where layer normalization is one kernel: it is there for "
-        "rotations of the stream, and `normkit.accelerate` puts a kernel there.\n\n" + "\n".join(rows)
+        f"{how(f'python benchmarks/fold.py --rounds {arguments.rounds}')} Processor time of a forward pass of the network "
+        "over that after `normkit.fold`, with the interval; the error is the largest of all folds, relative to the largest "
+        "output, in float32. Centring leaves torch's RMS normalization, on a CPU several operations where layer normalization "
+        "is one kernel: it is there for rotations of the stream, and `normkit.accelerate` puts a kernel there.\n\n"
+        f"{table(('network', 'layers folded', 'error', 'original ms', 'original / folded'), rows)}"
     )
-    if arguments.output:
-        replace_section(arguments.output, "Folded", text)
+    write(arguments.output, "Folded", text, found)
 
 
 if __name__ == "__main__":

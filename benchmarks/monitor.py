@@ -1,6 +1,6 @@
 """What the monitor costs at its default: a sampled step over one without, in paired rounds, and the share that it says itself.
 
-python benchmarks/monitor.py --steps 600
+python benchmarks/monitor.py --steps 600 [--output benchmarks/RESULTS.md]
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -20,6 +21,9 @@ import normkit as nk
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.models.vit import VisionTransformer
 from normkit.lab.stats import median_interval
+from page import how, table, write
+
+TITLE = "Monitor"
 
 
 def networks() -> dict[str, tuple[nn.Module, Tensor]]:
@@ -49,11 +53,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=301)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--output", type=Path, help=f"a Markdown file whose section '{TITLE}' is replaced")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    print("| network | ms per step | sampled over plain | more in 100 steps | says itself |")
-    print("|---|--:|--:|--:|--:|")
+    rows, record = [], {}
     for name, (model, x) in networks().items():
         twin = copy.deepcopy(model)
         train(model, x, 5, lambda: None)
@@ -75,7 +79,18 @@ def main() -> None:
         train(twin, x, options.steps, short.step)
         short.close()
         said = f"{short.spent / short.elapsed:.2%}"
-        print(f"| {name} | {1000 * median(plain):.1f} | {found} | {more} | {said} |", flush=True)
+        rows.append([name, f"{1000 * median(plain):.1f}", found, more, said])
+        record[name] = {"plain": plain, "ratios": ratios, "says": short.spent / short.elapsed}
+        print(" | ".join(rows[-1]), flush=True)
+    command = f"python benchmarks/monitor.py --steps {options.steps} --rounds {options.rounds}"
+    columns = ("network", "ms per step", "sampled over plain", "more in 100 steps", "says itself")
+    text = (
+        f"{how(command)} Processor time of a step that `nk.Monitor` samples (activations, gradients and the gap) over one "
+        f"without, in {options.rounds} pairs of 3 steps each: the median and its interval. By default one of 100 steps is "
+        f"sampled. Last, the share that the monitor says of itself over {options.steps} steps, condition numbers included."
+        f"\n\n{table(columns, rows)}"
+    )
+    write(options.output, TITLE, text, record)
 
 
 if __name__ == "__main__":

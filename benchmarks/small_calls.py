@@ -1,6 +1,6 @@
 """Time of calls so small that the way from Python to the kernel counts, relative to torch's layers.
 
-    python benchmarks/small_calls.py [--rounds 101] [--profile]
+    python benchmarks/small_calls.py [--rounds 101] [--profile] [--output benchmarks/RESULTS.md]
 
 One thread; rounds of normkit and torch alternate and are timed in processor time, to which other processes do not add. A cell is
 the median over rounds of normkit's time over torch's, with the quartiles. ``--profile`` shows what a call of normkit is made of
@@ -15,6 +15,7 @@ import time
 import timeit
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,10 @@ from torch import Tensor, nn
 
 import normkit as nk
 from normkit.engine import library
+from normkit.lab.bench.speed import geometric_mean
+from page import how, table, write
 
+TITLE = "Small calls"
 ROWS, IMAGES = ((1, 64), (8, 64), (64, 64), (1, 256), (64, 256)), ((8, 32, 8, 8),)
 # normkit's layer and torch's for a number of channels, and the shapes that both take.
 LAYERS = {
@@ -94,26 +98,42 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=101)
     parser.add_argument("--layers", default="", help="names that contain this")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--output", type=Path, help=f"a Markdown file whose section '{TITLE}' is replaced")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.profile:
         watch_kernels()
-    else:
-        print("| layer | shape | " + " | ".join(MODES) + " |\n|---|---|" + "--:|" * len(MODES))
+    found: dict[str, dict[str, dict[str, tuple[float, ...]]]] = {}
     for name, (ours, theirs, shapes) in LAYERS.items():
         for shape in shapes if given.layers in name else ():
             x, size = torch.randn(shape), "x".join(map(str, shape))
-            cells = []
             for mode in MODES:
                 mine = call_of(ours(shape[1]), x, mode)
                 if given.profile:
                     profile(f"{name}, {size}, {mode}", mine)
                     continue
-                found, torchs = ratios(mine, call_of(theirs(shape[1]), x, mode), given.rounds)
-                low, middle, high = statistics.quantiles(found, n=4)
-                cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f}) of {torchs * 1e6:.1f} us")
-            if cells:
-                print(f"| {name} | {size} | {' | '.join(cells)} |", flush=True)
+                pairs, torchs = ratios(mine, call_of(theirs(shape[1]), x, mode), given.rounds)
+                low, middle, high = statistics.quantiles(pairs, n=4)
+                found.setdefault(name, {}).setdefault(mode, {})[size] = (middle, low, high, torchs * 1e6)
+                print(
+                    f"{name} {size}, {mode}: {middle:.2f} ({low:.2f}-{high:.2f}) of {torchs * 1e6:.1f} us", flush=True
+                )
+    rows = []
+    for name, modes in found.items():
+        row = [name, str(len(LAYERS[name][2]))]
+        for shapes in modes.values():
+            worst = max(shapes, key=lambda size: shapes[size][0])
+            row.append(
+                f"{geometric_mean([cell[0] for cell in shapes.values()]):.2f}; {shapes[worst][0]:.2f} of {worst}"
+            )
+        rows.append(row)
+    text = (
+        f"{how(f'python benchmarks/small_calls.py --rounds {given.rounds}')} normkit's processor time over torch's: the "
+        'geometric mean over the shapes, then the worst. "Train forward" records gradients. The goal is 1.05.\n\n'
+        f"{table(('layer', 'shapes', *MODES), rows)}"
+    )
+    if found:
+        write(given.output, TITLE, text, found)
 
 
 if __name__ == "__main__":

@@ -76,8 +76,7 @@ bool complete(const NkWeightPlan &plan, const NkWeightCall &call, bool backward)
     if (!agrees(plan.parts, NK_GAIN, call.gain)) return false;
     if (size_of(plan) == 0) return true;
     if (any_null(call.weight, call.result) || (backward && call.gradient == nullptr)) return false;
-    if (plan.method != NK_SPECTRAL) return true;
-    return call.kept != nullptr && (backward || !any_null(call.left, call.right));
+    return plan.method != NK_SPECTRAL || (call.kept != nullptr && (backward || !any_null(call.left, call.right)));
 }
 
 NkStatus run(int64_t count, const NkWeightPlan *const *plans, const NkWeightCall *calls, bool backward) {

@@ -78,10 +78,10 @@ public:
         if (!constant) row.back = row.factor * inverse * strength<double>(statistic, inverse) * dgain;
         return row;
     }
-    void write(const T *x, const T *g, const Row &row, T *dx) const {
+    void write(const T *x, const T *g, const Row &row, T *dx, bool far) const {
         A factor = A(row.factor), center = A(row.center), shift = A(row.shift), mean = A(row.mean), back = A(row.back);
-        if (!statistic.centred) over(n, [=](auto at) { at.put(dx, at(g) * factor - at(x) * back); });
-        else over(n, [=](auto at) { at.put(dx, (at(g) - mean) * factor - (at(x) - center - shift) * back); });
+        if (!statistic.centred) over(n, [=](auto at) { at.put(dx, at(g) * factor - at(x) * back, far); });
+        else over(n, [=](auto at) { at.put(dx, (at(g) - mean) * factor - (at(x) - center - shift) * back, far); });
     }
 
 private:
@@ -116,10 +116,10 @@ template <class T> void near_rows(const NkWeightPlan &plan, const NkWeightCall &
     auto x = static_cast<const T *>(call.weight), gains = static_cast<const T *>(call.gain), g = static_cast<const T *>(call.gradient);
     auto y = static_cast<T *>(call.result), dgain = static_cast<T *>(call.dgain);
     // From a row's sums to its factor it is a long way of short steps: those of a few short rows overlap.
-    constexpr int64_t most = 4;
-    const int64_t bytes = n * int64_t(sizeof(T)), few = bytes <= 1024 ? most : bytes <= 4096 ? 2 : 1;
+    const int64_t bytes = n * int64_t(sizeof(T)), few = bytes <= 1024 ? 4 : bytes <= 4096 ? 2 : 1;
+    const bool far = size_of(plan) * int64_t(sizeof(T)) >= (1 << 21) && n % LANES == 0 && until_line(y) == 0;  // the optimizer's, later
     for (; begin < end; begin += few) {
-        Row found[most];
+        Row found[4];
         const int64_t many = std::min(few, end - begin);
         for (int64_t i = 0; i < many; ++i) {
             int64_t row = begin + i, at = row * n;
@@ -129,9 +129,10 @@ template <class T> void near_rows(const NkWeightPlan &plan, const NkWeightCall &
         }
         for (int64_t i = 0; i < many; ++i) {
             int64_t at = (begin + i) * n;
-            backward ? rows.write(x + at, g + at, found[i], y + at) : rows.write(x + at, found[i], y + at);
+            backward ? rows.write(x + at, g + at, found[i], y + at, far) : rows.write(x + at, found[i], y + at);
         }
     }
+    if (far) end_of_stream();
 }
 
 #define MAKE(T) template void near_rows<T>(const NkWeightPlan &, const NkWeightCall &, bool, int64_t, int64_t);

@@ -18,7 +18,7 @@ from normkit.core.errors import ShapeError
 from normkit.diagnostics import condition_number, conditions, curvature
 from normkit.diagnostics.conditioning import chi, layer_spectrum, operator_norm, weight_conditions
 from normkit.diagnostics.curvature import Extremes, hessian, hessian_condition, hessian_extremes, smoothness
-from normkit.diagnostics.lanczos import quadrature
+from normkit.diagnostics.spectrum import quadrature
 from normkit.surgery.bake import bake
 from normkit.weights.spectral_norm import spectral_norm
 from normkit.weights.weight_conditioning import equilibrate, weight_conditioning

@@ -1,4 +1,5 @@
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from normkit.surgery.condition import condition
 from normkit.surgery.convert import convert
 from normkit.surgery.recipe import apply_recipe
 
+ENCODER = partial(nn.TransformerEncoderLayer, 8, 2, batch_first=True)
 FIRST, LAST = (3, 8, 5), (3, 5, 8)
 
 
@@ -292,8 +294,8 @@ def test_only_norms_of_each_position_can_begin_to_leak(norm, to, told):
         (nn.Sequential(nn.Conv2d(3, 8, 3), LayerNorm(8, over="c")), None, False),
         (nn.Sequential(nn.Conv2d(3, 8, 3), LayerNorm(8, over="c")), torch.randn(2, 3, 6, 6), False),
         (nn.Sequential(nn.Conv1d(3, 8, 3), LayerNorm(8, over="c")), torch.randn(2, 3, 6), True),
-        (nn.TransformerEncoderLayer(8, 2, batch_first=True), torch.randn(2, 6, 8), True),
-        (nn.Sequential(nn.Conv2d(3, 8, 4), nn.Flatten(1), nn.TransformerEncoderLayer(8, 2)), None, False),
+        (ENCODER(), torch.randn(2, 6, 8), True),
+        (nn.Sequential(nn.Conv2d(3, 8, 4), nn.Flatten(1), ENCODER()), None, False),
     ],
 )
 def test_only_what_may_be_causal_is_warned(model, example, told):

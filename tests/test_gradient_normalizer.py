@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from normkit import NormalizerFreeBlock
-from normkit.activations.normalizer_free import predicted_betas
+from normkit.activations.dynamic_tanh import predicted_betas
 from normkit.core.errors import OptionError
 from normkit.functional import adaptive_gradient_clipping, normalize_gradients, scaled_activation
 from normkit.gradients import AdaptiveClipping, GradientNormalizer

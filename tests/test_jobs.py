@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from normkit.catalogue import slides
+from normkit.catalogue import drawing as slides
 from normkit.catalogue.diagram import members
 from normkit.catalogue.drawing import draw_methods
 from normkit.catalogue.methods import method
@@ -36,7 +36,7 @@ from normkit.lab.report import drawing
 from normkit.lab.report.drawing import COLOURS, Motion, save
 from normkit.lab.train import images
 from normkit.surgery.recipe import apply_recipe
-from normkit.weights.power_iteration import power_iteration
+from normkit.weights.spectral_norm import power_iteration
 from normkit.weights.weight_conditioning import equilibrate
 
 

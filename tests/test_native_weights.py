@@ -10,8 +10,8 @@ from torch.testing import assert_close
 
 from native_calls import in_threads
 from normkit.engine.library import why_not
-from normkit.weights import Equilibrate, SpectralNorm, WeightLayout, kernels, multi_tensor
-from normkit.weights.multi_tensor import Share, Shares
+from normkit.weights import Equilibrate, SpectralNorm, WeightLayout, kernels, parametrization
+from normkit.weights.parametrization import Parametrization, Share
 from normkit.weights.weight_norm import WeightNorm
 from normkit.weights.weight_standardization import ScaledWeightStandardization, WeightStandardization
 
@@ -86,7 +86,7 @@ def test_the_kernels_are_the_definition(make: Make, shape: tuple[int, ...], layo
     raw = inputs(part, shape)
     if shape[1] == 1 and isinstance(part, WeightStandardization | ScaledWeightStandardization):
         return  # nothing but rounding is left
-    if not isinstance(part, Shares) or part.share(*raw) is None:
+    if not isinstance(part, Parametrization) or part.share(*raw) is None:
         assert layout.output_axis == 1 or shape[1] == 1  # sets that no kernel knows, or an element less itself
         return
     got, wanted = part(*raw), definition(part, raw)
@@ -228,7 +228,7 @@ def leaves(share: Share) -> list[Tensor]:
 def test_one_call_for_many_is_one_by_one(dtype: torch.dtype) -> None:
     every = shares(dtype)
     copies = [copied(share) for share in every]
-    many, alone = multi_tensor.normalize(every), [multi_tensor.normalize([share])[0] for share in copies]
+    many, alone = parametrization.normalize(every), [parametrization.normalize([share])[0] for share in copies]
     gradients = [torch.randn_like(y) for y in many]
     raw = [tensor for share in every for tensor in leaves(share)]
     assert_close(many, alone, rtol=0, atol=0)
@@ -242,7 +242,7 @@ def test_threads_change_nothing() -> None:
     for _ in in_threads(1, 3):
         torch.manual_seed(1)
         copies = [copied(share) for share in every]
-        many = multi_tensor.normalize(copies)
+        many = parametrization.normalize(copies)
         found.append([*many, *torch.autograd.grad(many, raw, gradients)])
     assert_close(found[0], found[1], rtol=0, atol=0)
 
@@ -252,7 +252,7 @@ def test_derivatives_of_many() -> None:
     raw = [tensor for part in parts for tensor in inputs(WeightNorm() if part is parts[0] else Equilibrate(), (3, 4))]
 
     def many(g: Tensor, v: Tensor, w: Tensor, s: Tensor) -> tuple[Tensor, ...]:
-        return tuple(multi_tensor.normalize([parts[0].share(g, v), parts[1].share(w), parts[2].share(s)]))  # pyright: ignore
+        return tuple(parametrization.normalize([parts[0].share(g, v), parts[1].share(w), parts[2].share(s)]))  # pyright: ignore
 
     with torch.no_grad():
         for tensor in raw[1:]:
@@ -263,11 +263,11 @@ def test_derivatives_of_many() -> None:
 
 def test_a_weight_without_a_gradient_gets_none() -> None:
     one, two = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
-    made = multi_tensor.normalize([Equilibrate().share(w) for w in (one, two)])  # pyright: ignore
+    made = parametrization.normalize([Equilibrate().share(w) for w in (one, two)])  # pyright: ignore
     made[1].sum().backward()
     assert one.grad is None
     assert two.grad is not None
     frozen = torch.randn(3, 4)
-    made = multi_tensor.normalize([Equilibrate().share(w) for w in (frozen, two)])  # pyright: ignore
-    assert not multi_tensor.normalize([])
+    made = parametrization.normalize([Equilibrate().share(w) for w in (frozen, two)])  # pyright: ignore
+    assert not parametrization.normalize([])
     assert torch.autograd.grad(made[1].sum() + made[0].sum(), two)[0].isfinite().all()

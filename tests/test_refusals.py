@@ -16,7 +16,7 @@ from normkit.activations.adaptive_layer_norm import adaptive_layer_norm
 from normkit.core.errors import BackendError, OptionError, ShapeError
 from normkit.schedules import inverse_sqrt_rate, inverse_sqrt_warmup, linear_rate, linear_warmup
 from normkit.weights.layout import weight_of
-from normkit.weights.power_iteration import power_iteration_square
+from normkit.weights.spectral_norm import power_iteration_square
 
 Rows = list[tuple[Callable[[], object], str]]
 WEIGHT = nn.Parameter(ones(2))
@@ -51,7 +51,7 @@ OPTIONS: Rows = [
     (lambda: nk.SpatiallyAdaptiveNorm(4, 2, kernel_size=2), "an odd number"),
     (lambda: F.conditional_norm(ones(3, 4, 5), *ones(2, 3, 4), zeros(4), ones(4)), "keeps no running statistics"),
     (lambda: F.adaptive_instance_norm(ones(2, 3, 4), ones(2, 3, 5), ones(3)), "strength of shape 3"),
-    (lambda: nk.ConditionedTokens("none"), "gradient='none'; wanted 'detach' or 'full'"),
+    (lambda: nk.ConditionedTokens("none"), "gradient='none'; wanted 'full' or 'detach'"),
     (lambda: nk.PreconditionedAttention(gradient="none"), "wanted 'full' or 'detach'"),
     (lambda: nk.PreconditionedAttention(0.0), "eps"),
     (lambda: F.Field(1, 0), "positions=0"),

@@ -10,9 +10,9 @@ import normkit as nk
 from foreign_norms import random_
 from normkit import GDN, BatchNorm, DivisiveNorm, ExemplarNorm, GlobalResponseNorm, PositionalNorm, SwitchableNorm
 from normkit.activations.divisive_norm import Field, LyuSimoncelliNorm, lyu_simoncelli_norm
-from normkit.activations.local_context_norm import local_context_norm
+from normkit.activations.group_norm import local_context_norm
+from normkit.activations.layer_norm import moment_shortcut
 from normkit.activations.local_response_norm import LocalResponseNorm, local_contrast_norm, local_response_norm
-from normkit.activations.positional_norm import moment_shortcut
 from normkit.functional import instance_norm, layer_norm, positional_moments, positional_norm, switchable_norm
 
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from normkit.core.errors import BackendError
 from normkit.engine.library import why_not
 from normkit.weights import kernels, scaled_weight_standardization, spectral_norm, weight_standardization
-from normkit.weights.multi_tensor import together
+from normkit.weights.parametrization import together
 from normkit.weights.weight_conditioning import Equilibrate, weight_conditioning
 from normkit.weights.weight_norm import WeightNorm, weight_norm
 

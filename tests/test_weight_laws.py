@@ -18,7 +18,7 @@ from laws import name as name_of
 from normkit.core.card import Invariance
 from normkit.core.errors import OptionError, ShapeError
 from normkit.weights import spectral_conditioning, spectral_norm, weight_conditioning, weight_norm
-from normkit.weights.multi_tensor import together
+from normkit.weights.parametrization import together
 from variants import WEIGHT_FORMS
 
 # The exact norm is not in here: where singular values meet, as zero rows make them, vectors have no derivative.

@@ -15,8 +15,7 @@ from torch.testing import assert_close
 from foreign_norms import random_
 from normkit.core.errors import OptionError
 from normkit.weights.layout import WeightLayout
-from normkit.weights.power_iteration import power_iteration, power_iteration_square
-from normkit.weights.spectral_norm import SpectralNorm, spectral_norm
+from normkit.weights.spectral_norm import SpectralNorm, power_iteration, power_iteration_square, spectral_norm
 from normkit.weights.weight_norm import rescale, weight_norm
 from normkit.weights.weight_standardization import PUBLISHED, WeightStandardization, standardize, weight_standardization
 

@@ -43,6 +43,7 @@ VARIANTS: list[Card] = [
     _variant("ghost_batch_norm", "moments", lambda c: nk.GhostBatchNorm(c, 2, memory="moments")),
     _variant("ghost_batch_norm", "sequential", lambda c: nk.GhostBatchNorm(c, 2, memory="sequential")),
     _variant("global_response_norm", "batch", lambda c: nk.GlobalResponseNorm(c, over="n *", layout="n c *")),
+    _variant("heeger_norm", "gain", lambda c: nk.HeegerNorm(c, exponent=1.5, sigma=3.0, gain=5.0)),
     _variant("positional_norm", "biased", lambda c: nk.PositionalNorm(correction=0)),
     _variant("rms_norm", "cast", lambda c: nk.RMSNorm(c, cast="before weight", bias=True)),
     _variant("switchable_norm", "unbiased", lambda c: nk.SwitchableNorm(c, correction=1)),

@@ -16,20 +16,16 @@ from normkit.activations.batch_norm import BatchNorm, MeanOnlyBatchNorm
 from normkit.activations.batch_renorm import BatchRenorm
 from normkit.activations.conditional_norm import ConditionalNorm, SpatiallyAdaptiveNorm
 from normkit.activations.divisive_norm import DivisiveNorm, HeegerNorm, LyuSimoncelliNorm
-from normkit.activations.dynamic_tanh import DynamicTanh
-from normkit.activations.filter_response_norm import FilterResponseNorm
+from normkit.activations.dynamic_tanh import DynamicTanh, NormalizerFreeBlock
 from normkit.activations.gated_rms_norm import GatedRMSNorm, SeeDNorm
 from normkit.activations.gdn import GDN
 from normkit.activations.ghost_batch_norm import GhostBatchNorm
-from normkit.activations.global_response_norm import GlobalResponseNorm
-from normkit.activations.group_norm import GroupNorm
+from normkit.activations.global_response_norm import FilterResponseNorm, GlobalResponseNorm
+from normkit.activations.group_norm import GroupNorm, LocalContextNorm
 from normkit.activations.hypersphere import HypersphereResidual, LearnedScale
 from normkit.activations.instance_norm import AdaptiveInstanceNorm, InstanceNorm
-from normkit.activations.layer_norm import LayerNorm
-from normkit.activations.local_context_norm import LocalContextNorm
+from normkit.activations.layer_norm import LayerNorm, PositionalNorm
 from normkit.activations.local_response_norm import LocalContrastNorm, LocalResponseNorm
-from normkit.activations.normalizer_free import NormalizerFreeBlock
-from normkit.activations.positional_norm import PositionalNorm
 from normkit.activations.query_key_norm import ConditionedTokens, PreconditionedAttention, QueryKeyNorm
 from normkit.activations.recurrent_batch_norm import BatchNormLSTM, BatchNormRNN, RecurrentBatchNorm
 from normkit.activations.recurrent_layer_norm import (

@@ -11,20 +11,16 @@ from normkit.activations.batch_norm import batch_norm, mean_only_batch_norm
 from normkit.activations.batch_renorm import RenormSchedule, batch_renorm
 from normkit.activations.conditional_norm import conditional_norm
 from normkit.activations.divisive_norm import Field, divisive_norm, heeger_norm, lyu_simoncelli_norm
-from normkit.activations.dynamic_tanh import dynamic_erf, dynamic_tanh
-from normkit.activations.filter_response_norm import filter_response_norm
+from normkit.activations.dynamic_tanh import dynamic_erf, dynamic_tanh, scaled_activation
 from normkit.activations.gated_rms_norm import gated_rms_norm, seed_norm
 from normkit.activations.gdn import gdn
 from normkit.activations.ghost_batch_norm import ghost_batch_norm
-from normkit.activations.global_response_norm import global_response_norm
-from normkit.activations.group_norm import group_norm
+from normkit.activations.global_response_norm import filter_response_norm, global_response_norm
+from normkit.activations.group_norm import group_norm, local_context_norm
 from normkit.activations.hypersphere import hypersphere, hypersphere_residual, renormalize_
 from normkit.activations.instance_norm import adaptive_instance_norm, instance_norm
-from normkit.activations.layer_norm import layer_norm
-from normkit.activations.local_context_norm import local_context_norm
+from normkit.activations.layer_norm import PositionalMoments, layer_norm, positional_moments, positional_norm
 from normkit.activations.local_response_norm import local_contrast_norm, local_response_norm
-from normkit.activations.normalizer_free import scaled_activation
-from normkit.activations.positional_norm import PositionalMoments, positional_moments, positional_norm
 from normkit.activations.query_key_norm import conditioned_tokens, preconditioned_attention, query_key_norm
 from normkit.activations.recurrent_batch_norm import padding_mask, recurrent_batch_norm
 from normkit.activations.recurrent_layer_norm import unroll
@@ -35,13 +31,17 @@ from normkit.activations.sync_batch_norm import sync_batch_norm
 from normkit.core.memory import RunningMoments, RunningStatistics
 from normkit.core.moments import moments
 from normkit.engine.dispatch import Explanation, run
-from normkit.gradients.adaptive_clipping import adaptive_gradient_clipping
 from normkit.gradients.grad_norm import grad_norm
-from normkit.gradients.gradient_normalizer import normalize_gradients
+from normkit.gradients.gradient_normalizer import adaptive_gradient_clipping, normalize_gradients
 from normkit.gradients.muon import muon_eq
-from normkit.preprocessing.feature_scaling import max_abs_scaling, mean_normalization, min_max_scaling, z_score
+from normkit.preprocessing.feature_scaling import (
+    max_abs_scaling,
+    mean_normalization,
+    min_max_scaling,
+    robust_scaling,
+    z_score,
+)
 from normkit.preprocessing.image_standardization import image_standardization
-from normkit.preprocessing.robust_scaling import robust_scaling
 from normkit.preprocessing.sample_scaling import global_contrast, unit_length
 from normkit.preprocessing.whitening import whitening
 from normkit.weights.preconditioning import add_identity, preconditioned

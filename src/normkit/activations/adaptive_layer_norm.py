@@ -99,10 +99,6 @@ def film(input: Tensor, scale: Tensor, shift: Tensor, *, layout: str = "n c *") 
     return Affine(per, offset=1.0).apply(input.to(wide), split, scale, shift).to(input.dtype)
 
 
-def _example_means(x: Tensor) -> tuple[Tensor]:
-    return (x.double().flatten(2).mean(2).to(x.dtype),)
-
-
 CARD_FILM = Card(
     title="Feature-wise linear modulation (FiLM)",
     wordless="it takes a condition as well as its input",
@@ -115,7 +111,7 @@ CARD_FILM = Card(
     module=FiLM,
     functional=film,
     make=lambda channels: FiLM(channels, channels),
-    extra=_example_means,
+    extra=lambda x: (x.double().flatten(2).mean(2).to(x.dtype),),
 )
 
 

@@ -10,13 +10,12 @@ from normkit.core.card import Card, paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.memory import Recall, Running, RunningMoments, RunningStatistics
-from normkit.core.module import Module
+from normkit.core.module import Module, TorchBatchNorm
 from normkit.core.moments import accumulation_dtype, moments
 from normkit.core.place import groups
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, check_groups, check_shape, place
-from normkit.core.torch_batch_norm import TorchBatchNorm
 from normkit.engine.dispatch import run
 from normkit.engine.layer import check_channels, check_several
 

@@ -56,10 +56,10 @@ class BatchGroupNorm(Layer):
 
         mean = alpha E[x] + (1 - alpha) m1,    var = alpha E[x^2] + (1 - alpha) m2 - mean^2,
 
-    then averaged over the channels of a group: predictions depend on no other example. alpha=0 uses only the running moments,
-    alpha=1 only the example's. The moments are stored as mean and population variance, so that a large mean costs no accuracy,
-    under the names that batch normalization uses. ``normkit.surgery.example_weighing`` replaces a trained model's batch
-    normalizations by this layer and tunes alpha on validation data; training does not depend on alpha.
+    then averaged over the channels of a group: predictions depend on no other example. The moments are stored as mean and
+    population variance, so that a large mean costs no accuracy, under the names that batch normalization uses.
+    ``normkit.surgery.weigh_examples`` replaces a trained model's batch normalizations by this layer, ``choose_alpha`` tunes
+    alpha.
 
     ``eps``, ``affine``, ``bias`` and ``layout`` and the shapes are those of BatchNorm.
 
@@ -111,9 +111,7 @@ class BatchGroupNorm(Layer):
         self.eps, self.momentum, self.affine, self.layout = eps, momentum, affine, layout
         self.alpha = float(examples_per_group == 1) if alpha is None else alpha
         if not 0 <= self.alpha <= 1:
-            raise OptionError(
-                f"BatchGroupNorm: alpha={alpha}; wanted 0, the running moments alone, to 1, the example alone"
-            )
+            raise OptionError(f"BatchGroupNorm: alpha={alpha}; wanted 0, the running moments, to 1, the example alone")
         self.register_affine((num_channels,), affine, affine and bias, device=device, dtype=dtype)
         self.register_running((num_channels,), "running_mean", "running_var", device=device, dtype=dtype)
         self.complete()
@@ -134,21 +132,14 @@ class BatchGroupNorm(Layer):
         _, running = self.rule, self.running()
         assert running is not None
         if not self.training:
-            return example_weighing(
-                input,
-                running.mean,
-                running.var,
-                self.weight,
-                self.bias,
-                self.alpha,
-                self.eps,
-                num_groups=self.num_groups,
-                layout=self.layout,
-                mask=mask,
-            )
+            how = {"num_groups": self.num_groups, "layout": self.layout, "mask": mask}
+            return example_weighing(input, *running[:2], self.weight, self.bias, self.alpha, self.eps, **how)
         y, found = _train(self._rules, self.examples_per_group, input, self.weight, self.bias, mask, self.backend)
         if found is not None and self.num_groups is None:
-            found = _pooled(Moments(*(self._rows(value, found.mean) for value in found)))
+            means, variances, n = (self._rows(value, found.mean) for value in found)
+            share = n / n.sum(0)  # of each row in the moments of all together
+            mean = (share * means).sum(0)
+            found = Moments(mean, (share * (variances + (means - mean).square())).sum(0), n.sum(0))
         else:
             found = measure(batch_group_norm_rule(layout=self.layout), input, mask=mask, backend=self.backend)
             if isinstance(found.n, Tensor):  # a channel without elements changes nothing
@@ -267,14 +258,6 @@ def _train(
     if examples is None:
         return run_measured(rules[1], x, weight, bias, mask=mask, backend=backend)
     return run_in_sub_batches(*rules, examples, x, weight, bias, mask=mask, backend=backend)
-
-
-def _pooled(rows: Moments) -> Moments:
-    """The moments of all rows together."""
-    assert isinstance(rows.n, Tensor)
-    share = rows.n / rows.n.sum(0)
-    mean = (share * rows.mean).sum(0)
-    return Moments(mean, (share * (rows.var + (rows.mean - mean).square())).sum(0), rows.n.sum(0))
 
 
 def _check(channels: int, groups: int | None, examples: int | None) -> None:

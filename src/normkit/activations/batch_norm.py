@@ -11,11 +11,11 @@ from normkit.core.card import Card, paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.memory import RunningMean, RunningStatistics, recomputed
+from normkit.core.module import TorchBatchNorm
 from normkit.core.moments import Moments
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
-from normkit.core.torch_batch_norm import TorchBatchNorm
 from normkit.engine.call import Call, Output
 from normkit.engine.dispatch import Activation, Backend, run
 from normkit.engine.layer import Layer, channels_rule, check_channels, check_layout, check_several, given_statistics

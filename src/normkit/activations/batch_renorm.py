@@ -167,10 +167,8 @@ class BatchRenorm(Layer):
         if self.training:
             return replace(explain(self.rule, wide, measured=True, backend=self.backend), formula=CARD.formula)
         found = explain(self.rule, wide)
-        why = "evaluation is by running statistics alone, by plain operators"
-        return replace(
-            found, backend="reference", why=why, formula="y = weight * (x - running_mean) / running_std + bias"
-        )
+        told = {"why": "evaluation is by running statistics alone, by plain operators", "backend": "reference"}
+        return replace(found, formula="y = weight * (x - running_mean) / running_std + bias", **told)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         var = state_dict.get(f"{prefix}running_var")
@@ -209,10 +207,8 @@ def batch_renorm(
     rule = _rule(eps, layout)
     if training:
         check_several("batch_renorm", input, rule.support)
-    statistics = RunningStatistics(running_mean, running_std, batches)
-    return _renormalize(
-        rule, Running(momentum), input, statistics, weight, bias, bounds if training else None, mask, backend
-    )
+    running, limits = RunningStatistics(running_mean, running_std, batches), bounds if training else None
+    return _renormalize(rule, Running(momentum), input, running, weight, bias, limits, mask, backend)
 
 
 @remembered

@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, paper
 from normkit.core.compensation import Affine, modulation, per_sample
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import OptionError, ShapeError, check_options
 from normkit.core.memory import Running, RunningStatistics
-from normkit.core.moments import accumulation_dtype
-from normkit.core.precision import full_precision
+from normkit.core.moments import accumulation_dtype, full_precision
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, check_shape, show
@@ -24,8 +23,7 @@ _SUPPORTS = {over: Support("n c *", over=over) for over in ("*", "n *")}
 @remembered
 def conditional_norm_rule(over: str = "*", eps: float = 1e-5, momentum: float | None = 0.1, per: str = "n c") -> Rule:
     """Conditional normalization as data: over ``"*"`` instance, over ``"n *"`` batch normalization, with an affine per sample."""
-    if over not in _SUPPORTS:
-        raise OptionError(f"conditional norm: over={over!r}; wanted '*' for instance or 'n *' for batch normalization")
+    check_options("conditional norm", over=(over, tuple(_SUPPORTS)))
     memory = Running(momentum) if over == "n *" else None
     return Rule(_SUPPORTS[over], Statistic("mean", "std", eps), Affine(per), memory)
 
@@ -55,9 +53,8 @@ class _Normalizer(Layer):
         return run(self.rule, input, weight, bias, running=running, training=own, mask=mask, backend=self.backend)
 
     def extra_repr(self) -> str:
-        return f"{self.num_features}, over={self.over!r}, eps={self.eps}" + (
-            f", momentum={self.momentum}" if self.over == "n *" else ""
-        )
+        text = f"{self.num_features}, over={self.over!r}, eps={self.eps}"
+        return text + (f", momentum={self.momentum}" if self.over == "n *" else "")
 
 
 class ConditionalNorm(_Normalizer):

@@ -11,9 +11,8 @@ from normkit.core.card import Card, paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.module import Module
-from normkit.core.moments import accumulation_dtype
+from normkit.core.moments import accumulation_dtype, full_precision
 from normkit.core.place import whole_number
-from normkit.core.precision import full_precision
 from normkit.core.support import Support, check_shape
 from normkit.engine.layer import check_channels, check_channels_first
 from normkit.engine.window import sliding_mean
@@ -139,16 +138,12 @@ class LyuSimoncelliNorm(Module):
     product of one profile per spatial axis; b and w are squares of the parameters ``bias`` and ``weight``, so they stay positive.
     It makes the responses of natural images nearly Gaussian. Training and evaluation compute the same.
 
+    Shapes and errors of channels are those of DivisiveNorm.
+
     Args:
         num_channels: channels C.
-        window: positions along each spatial axis, odd. Default: 3.
+        window: positions along each spatial axis; OptionError unless odd. Default: 3.
         eps: added to b. Default: 1e-6.
-
-    Shape: (N, C, *); the output has the same shape.
-
-    Raises:
-        ShapeError: a number of channels other than ``num_channels``.
-        OptionError: the window is even.
 
     Reference: Lyu and Simoncelli (2008), https://doi.org/10.1109/CVPR.2008.4587821.
 
@@ -204,17 +199,13 @@ class HeegerNorm(Module):
     y_i = gain * d_i^p / (sigma^p + sum_k w_ik d_k^p), d = max(x, 0): the model of neurons in the visual cortex. The weights w are
     squares of the parameter ``weight``, so they stay positive. Training and evaluation compute the same.
 
+    Shapes and errors of channels are those of DivisiveNorm.
+
     Args:
         num_channels: channels C.
-        exponent: the power p, from 1. Default: 2.
-        sigma: the activity at which the response is half its maximum, above 0. Default: 1.
+        exponent: the power p; OptionError unless from 1. Default: 2.
+        sigma: the activity at which the response is half its maximum; OptionError unless above 0. Default: 1.
         gain: the largest response. Default: 1.
-
-    Shape: (N, C, *); the output has the same shape.
-
-    Raises:
-        ShapeError: a number of channels other than ``num_channels``.
-        OptionError: exponent below 1, or sigma not above 0.
 
     Reference: Heeger (1992), https://doi.org/10.1017/S0952523800009640.
 

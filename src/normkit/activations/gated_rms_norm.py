@@ -134,10 +134,9 @@ def gated_rms_norm_rule(eps: float = 1e-5, groups: int = 1) -> Rule:
 class GatedRMSNorm(Module):
     """RMS normalization of an input that is gated by the SiLU of another, before or after normalizing.
 
-    ``norm_before_gate=True`` (Qwen3-Next): y = weight * x / sqrt(E[x^2] + eps) * silu(gate).
-    ``norm_before_gate=False`` (Mamba-2's default in transformers): the same norm of x * silu(gate).
-    Without a gate it is RMS normalization. Training and evaluation compute the same. Checkpoints of both load: the key is
-    ``weight``.
+    ``norm_before_gate=True`` (Qwen3-Next): y = weight * x / sqrt(E[x^2] + eps) * silu(gate). ``norm_before_gate=False``
+    (Mamba-2's default in transformers): the same norm of x * silu(gate). Without a gate it is RMS normalization. Training and
+    evaluation compute the same. Checkpoints of both load: the key is ``weight``.
 
     Args:
         features: features D.

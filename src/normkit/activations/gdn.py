@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, paper
 from normkit.core.errors import OptionError
 from normkit.core.module import Module
-from normkit.core.moments import accumulation_dtype
-from normkit.core.precision import full_precision
+from normkit.core.moments import accumulation_dtype, full_precision
 from normkit.core.support import check_shape
 from normkit.engine.layer import check_channels, check_channels_first
 

@@ -1,19 +1,23 @@
-"""Group normalization: normalize each sample over groups of channels and all positions."""
+"""Group normalization: normalize each sample over groups of channels and all positions, or those in a window."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from normkit.core.card import Card, paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import ShapeError
-from normkit.core.place import groups
+from normkit.core.errors import OptionError, ShapeError
+from normkit.core.module import Module, whole
+from normkit.core.moments import accumulation_dtype, moments
+from normkit.core.place import groups, whole_number
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
-from normkit.core.support import Support, check_groups, show
+from normkit.core.support import Support, check_groups, divisors, show
 from normkit.engine.dispatch import Activation, Backend, run
-from normkit.engine.layer import Layer, check_channels, check_layout
+from normkit.engine.layer import Layer, check_channels, check_channels_first, check_layout
+from normkit.engine.window import sliding_moments
 
 
 @remembered
@@ -129,5 +133,120 @@ CARD = Card(
     option=groups(of=lambda norm: norm.num_groups),
     axes=("n c *", "n * c"),
     rule=group_norm_rule(2),
+    invariances=frozenset({"weight scale", "data scale", "sample scale"}),
+)
+
+
+_SUPPORT = Support("n c *", over="*")
+
+
+class LocalContextNorm(Module):
+    """Normalize each element by the mean and deviation of its group of channels in a window of positions around it.
+
+    y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, E and Var over the channels of the group and the part of the window
+    inside the image. A window that covers the image from every position gives group normalization. The same in training
+    and evaluation.
+
+    Args:
+        num_features: channels C.
+        channels_per_group: channels that share statistics; divides C. Default: 2.
+        window: positions along each spatial axis, one number for all axes or one per axis. Default: 227.
+        eps: added to the variance. Default: 1e-5.
+        affine: whether there are a weight (starts at 1) and a bias (at 0), per channel. Default: True.
+
+    Shape: (N, C, *); the output has the same shape.
+
+    Raises:
+        OptionError: the channels do not split into the groups, or a window below 1.
+        ShapeError: a number of channels other than ``num_features``, or another number of spatial axes than of windows.
+
+    Reference: Ortiz, Robinson, Morris, Fuentes, Kiekintveld, Hassan, Jojic (2020), https://arxiv.org/abs/1912.05845.
+
+    >>> LocalContextNorm(1, 1, window=3)(torch.tensor([[[1.0, 3.0, 3.0]]])).detach()
+    tensor([[[-1.0000,  0.7071,  0.0000]]])
+    """
+
+    shown = "{0.num_features}, {0.channels_per_group}, window={0.window}, eps={0.eps}"
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_features: int,
+        channels_per_group: int = 2,
+        window: int | Sequence[int] = 227,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.num_features, self.channels_per_group, self.eps = num_features, channels_per_group, eps
+        self.window = tuple(map(whole, window)) if isinstance(window, Sequence) else window
+        _check(num_features, channels_per_group, self.window)
+        self.register_affine((num_features,), affine, affine, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        check_channels("LocalContextNorm", input, self.num_features, "num_features", "n c *")
+        return local_context_norm(input, self.channels_per_group, self.window, self.weight, self.bias, self.eps)
+
+
+def local_context_norm(
+    input: Tensor,
+    channels_per_group: int = 2,
+    window: int | Sequence[int] = 227,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Local context normalization as a function; see LocalContextNorm.
+
+    >>> local_context_norm(torch.tensor([[[1.0, 3.0, 3.0]]]), 1, window=3)
+    tensor([[[-1.0000,  0.7071,  0.0000]]])
+    """
+    wide = input.to(accumulation_dtype(input.dtype))
+    check_channels_first("local_context_norm", input)
+    _check(input.shape[1], channels_per_group, window)
+    axes = input.dim() - 2
+    windows = list(window) if isinstance(window, Sequence) else [window] * axes
+    if len(windows) != axes:
+        raise ShapeError(
+            f"local_context_norm: {len(windows)} windows for {axes} spatial axes ({show(input.shape)}); give one per axis"
+        )
+    groups = wide.unflatten(1, (-1, channels_per_group))
+    each = moments(groups, (2,))  # over the group at each position first: fewer elements are left to slide over
+    found = sliding_moments(each, [(dim + 3, size) for dim, size in enumerate(windows)])
+    y = ((groups - found.mean) * (found.var + eps).rsqrt()).flatten(1, 2)
+    return Affine("c").apply(y, _SUPPORT.split(input.shape), weight, bias).to(input.dtype)
+
+
+def _check(channels: int, per_group: int, window: int | Sequence[int]) -> None:
+    if per_group < 1 or channels % per_group:
+        raise OptionError(
+            f"LocalContextNorm: {channels} channels do not split into groups of channels_per_group={per_group}; "
+            f"it must divide {channels}: {divisors(channels)}"
+        )
+    if any(size < 1 for size in (window if isinstance(window, Sequence) else [window])):
+        raise OptionError(f"LocalContextNorm: window={window}; wanted whole numbers from 1")
+
+
+CARD_LOCAL_CONTEXT = Card(
+    title="Local context normalization",
+    word="context",
+    normalized_over="each element, over its group of channels in a window of positions around it",
+    formula="y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias",
+    paper=paper("ortiz2020local"),
+    use_cases="dense prediction on large images with uneven light: segmentation, aerial images, detection",
+    strengths="independent of the batch; distant parts of an image do not affect one another",
+    weaknesses="slower than group normalization; the window is one more choice",
+    module=LocalContextNorm,
+    functional=local_context_norm,
+    make=lambda channels: LocalContextNorm(channels, math.gcd(2, channels), window=3),
+    build=lambda at: LocalContextNorm(
+        at.channels, math.gcd(2, at.channels), int(at.option), at.eps, at.affine, **at.factory
+    ),
+    option=whole_number("WINDOW", 227, of=lambda norm: norm.window),
+    over="c *",
     invariances=frozenset({"weight scale", "data scale", "sample scale"}),
 )

@@ -108,10 +108,6 @@ class HypersphereResidual(Module):
 def hypersphere(input: Tensor, eps: float = 1e-12) -> Tensor:
     """Project each token onto the unit sphere: x / max(|x|, eps) over the last axis, with the norm in at least float32.
 
-    Args:
-        input: (*, D).
-        eps: floor of the norm. Default: 1e-12.
-
     Reference: Loshchilov et al., "nGPT" (2024), https://arxiv.org/abs/2410.01131.
 
     >>> hypersphere(torch.tensor([[3.0, 4.0]]))
@@ -162,10 +158,6 @@ def renormalize_(reads: Iterable[nn.Module] = (), writes: Iterable[nn.Module] = 
             weight.copy_(hypersphere(weight, eps) if dim else hypersphere(weight.T, eps).T)
 
 
-def _example_branch(x: Tensor) -> tuple[Tensor]:
-    return (x.flip(-1).double().sin().to(x.dtype),)
-
-
 CARD = Card(
     title="Residual step on the unit sphere (nGPT)",
     wordless="it replaces a residual sum of two inputs",
@@ -178,5 +170,5 @@ CARD = Card(
     module=HypersphereResidual,
     functional=hypersphere_residual,
     layout="* d",
-    extra=_example_branch,
+    extra=lambda x: (x.flip(-1).double().sin().to(x.dtype),),
 )

@@ -245,7 +245,7 @@ def adaptive_instance_norm(
     if isinstance(strength, Tensor):
         if strength.numel() not in (1, len(input)) or strength.shape[1:].numel() != 1:
             raise OptionError(
-                f"adaptive_instance_norm: strength of shape {show(strength.shape)}; wanted one value, or {input.shape[0]}"
+                f"adaptive_instance_norm: strength of shape {show(strength.shape)}; wanted one, or {input.shape[0]}"
             )
         strength = strength.to(input.dtype).reshape([-1] + [1] * (input.dim() - 1))
     elif strength == 1:

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from normkit.core.card import Card, paper
 from normkit.core.errors import OptionError, check_options
 from normkit.core.module import Module
-from normkit.core.moments import accumulation_dtype
+from normkit.core.moments import accumulation_dtype, full_precision
 from normkit.core.place import whole_number
-from normkit.core.precision import full_precision
 from normkit.engine import native_window
 from normkit.engine.layer import check_channels_first
 from normkit.engine.native_window import Window
@@ -109,9 +108,7 @@ def _check(size: int, k: float) -> None:
     if size < 1:
         raise OptionError(f"LocalResponseNorm: size={size}; wanted a number of channels from 1")
     if not k >= 0:
-        raise OptionError(
-            f"LocalResponseNorm: k={k}; wanted a number from 0, as the root of a negative one is not real"
-        )
+        raise OptionError(f"LocalResponseNorm: k={k}; wanted a number from 0: a negative one has no real root")
 
 
 CARD = Card(
@@ -188,9 +185,8 @@ class LocalContrastNorm(Module):
         self.form, self.sigma, self.eps = form, sigma, eps
 
     def forward(self, input: Tensor) -> Tensor:
-        return local_contrast_norm(
-            input, self.size, self.window, self.alpha, self.beta, self.k, form=self.form, sigma=self.sigma, eps=self.eps
-        )
+        how = {"form": self.form, "sigma": self.sigma, "eps": self.eps}
+        return local_contrast_norm(input, self.size, self.window, self.alpha, self.beta, self.k, **how)
 
     def extra_repr(self) -> str:
         if self.form == "jarrett":

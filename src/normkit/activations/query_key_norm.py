@@ -11,8 +11,7 @@ from normkit.core.card import Card, paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError, check_options
 from normkit.core.module import Module
-from normkit.core.moments import accumulation_dtype
-from normkit.core.precision import full_precision
+from normkit.core.moments import accumulation_dtype, full_precision
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
@@ -116,10 +115,8 @@ class QueryKeyNorm(Module):
         is_causal: bool = False,
     ) -> Tensor:
         """Attend, by ``torch.nn.functional.scaled_dot_product_attention``, whose mask it takes; dropout is in training only."""
-        query, key = self.normalize(query, key)
-        return F.scaled_dot_product_attention(
-            query, key, value, mask, dropout if self.training else 0.0, is_causal, scale=self.scale
-        )
+        (query, key), dropout = self.normalize(query, key), dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, scale=self.scale)
 
 
 class _HeadNorm(Layer):
@@ -262,11 +259,6 @@ def preconditioned_attention(
     return (x / torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True).clamp_min(eps)).to(rows.dtype)
 
 
-def _example_following(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Make keys and values that follow the queries."""
-    return x.flip(1) + x, 2 * x - 1
-
-
 CARD_PRECONDITIONED_ATTENTION = Card(
     title="Preconditioned attention",
     wordless="it replaces attention's product, not a norm of one input",
@@ -281,7 +273,7 @@ CARD_PRECONDITIONED_ATTENTION = Card(
     make=lambda features: PreconditionedAttention(),
     rule=tokens_rule("norm", 1e-12, "floor"),
     layout="* d",
-    extra=_example_following,
+    extra=lambda x: (x.flip(1) + x, 2 * x - 1),  # keys and values that follow the queries
 )
 
 
@@ -330,9 +322,7 @@ def conditioned_tokens(input: Tensor, *, gradient: Gradient = "detach") -> Tenso
     tensor([[6., 0.]])
     """
     if input.dim() < 2:
-        raise ShapeError(
-            f"conditioned_tokens: got an input of {show(input.shape)}; wanted (*, L, D), tokens of features"
-        )
+        raise ShapeError(f"conditioned_tokens: got an input of {show(input.shape)}; wanted tokens, (*, L, D)")
     x = input.to(accumulation_dtype(input.dtype))
     u, s, vt = torch.linalg.svd(x.detach() if gradient == "detach" else x, full_matrices=False)
     with full_precision(x):

@@ -197,11 +197,7 @@ class LayerNormGRUCell(_Cell):
 def unroll(input: Tensor, cell: _Cell, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
     """Run a cell of this file over a sequence.
 
-    Args:
-        input: (T, *, input_size).
-        cell: LayerNormRNNCell, LayerNormLSTMCell or LayerNormGRUCell.
-        state: the first state, or None for zeros.
-        mask: boolean (T, *); where it is False the state stays unchanged, and the output is zero.
+    ``state`` is the first one, zeros without; where the boolean ``mask`` (T, *) is False the state stays, and the output is zero.
 
     Returns the outputs h (T, *, hidden_size), and the last state.
 
@@ -218,7 +214,7 @@ def unroll(input: Tensor, cell: _Cell, state: Any = None, *, mask: Tensor | None
         raise ShapeError(f"unroll: got a sequence of {show(input.shape)}, wanted at least one step: (T, *, features)")
     if mask is not None and (mask.shape != input.shape[:-1] or mask.dtype != torch.bool):
         raise ShapeError(
-            f"unroll: got a {mask.dtype} mask of {show(mask.shape)}, wanted torch.bool of {show(input.shape[:-1])}"
+            f"unroll: got a {mask.dtype} mask {show(mask.shape)}; wanted torch.bool {show(input.shape[:-1])}"
         )
     now = _first(cell, input[0], state)
     outputs = []

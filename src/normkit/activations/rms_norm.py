@@ -64,8 +64,6 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
 
     >>> RMSNorm(2, elementwise_affine=False)(torch.tensor([[3.0, 4.0]]))
     tensor([[0.8485, 1.1314]])
-    >>> RMSNorm(2, offset=1.0).weight.tolist()
-    [0.0, 0.0]
     """
 
     offset: float = 0.0  # torch's constructor calls reset_parameters, which reads it, before ours can set it

@@ -53,9 +53,7 @@ class ScaleNorm(Layer):
     ) -> None:
         super().__init__()
         if weight is not None and weight.dim() != 0:
-            raise OptionError(
-                f"ScaleNorm: weight= of shape {show(weight.shape)}; wanted another ScaleNorm's, a scalar parameter"
-            )
+            raise OptionError(f"ScaleNorm: weight= of shape {show(weight.shape)}; wanted a scalar parameter")
         self.features, self.eps = features, eps
         self.register_parameter("bias", None)
         if weight is None:
@@ -246,13 +244,7 @@ class HoloNorm(Layer):
     y = x / (1 + |x|), without parameters, the same in training and evaluation. The result lies inside the unit ball and has the
     token's direction; the token can be recovered as y / (1 - |y|). The paper also allows norms other than the Euclidean one.
 
-    Args:
-        features: features D.
-
-    Shape: (*, D); the output has the same shape.
-
-    Raises:
-        ShapeError: the input does not end in ``features``.
+    ``features``, the shape and its error are those of ScaleNorm.
 
     Reference: Yongueng and Tembine, "Holonorm" (2025), https://arxiv.org/abs/2511.10504.
 

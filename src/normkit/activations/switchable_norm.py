@@ -11,8 +11,7 @@ from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError, check_options
 from normkit.core.memory import Running, RunningStatistics
 from normkit.core.module import Module
-from normkit.core.moments import Moments, accumulation_dtype, moments
-from normkit.core.precision import full_precision
+from normkit.core.moments import Moments, accumulation_dtype, full_precision, moments
 from normkit.core.support import Support, check_shape, show
 from normkit.engine.layer import check_channels, check_several, given_statistics
 from normkit.engine.pooling import pool
@@ -28,8 +27,7 @@ class SwitchableNorm(Module):
     instance, layer and batch in this order. The layer's and the batch's moments are pooled from the instance's, so x is read
     once. In evaluation running averages replace the batch's moments.
 
-    If one logit is far above the others it is that normalizer, including running averages: these are kept as in batch
-    normalization, starting at 0 and 1, with the unbiased variance.
+    If one logit is far above the others it is that normalizer, including running averages, as in batch normalization.
 
     Args:
         num_features: channels C.
@@ -85,9 +83,8 @@ class SwitchableNorm(Module):
         check_channels("SwitchableNorm", input, self.num_features, "num_features", "n c *")
         running = RunningStatistics(self.running_mean, self.running_var)
         logits, affine = (self.mean_weight, self.var_weight), (self.weight, self.bias)
-        return _normalize(
-            input, logits, running, affine, self.training, Running(self.momentum), self.eps, self.correction, mask
-        )
+        how = self.training, Running(self.momentum), self.eps, self.correction, mask
+        return _normalize(input, logits, running, affine, *how)
 
 
 def switchable_norm(
@@ -187,23 +184,15 @@ class ExemplarNorm(Module):
     """Mix instance, layer and batch normalization, each with its own weight and bias, in shares that depend on the sample.
 
     y_n = sum_k s_nk (weight_k * (x_n - m_k) / sqrt(v_k + eps) + bias_k), k over instance, layer and batch in this order, the
-    shares s_n positive with sum 1. A small network computes them: the sample's mean over positions is normalized by the
-    moments of each k, reduced to d numbers, and the products between the three vectors go through a hidden layer with tanh to
-    three logits. The last layer starts at 0, so all shares start at 1/3. In evaluation running averages replace the batch's
-    moments.
+    shares s_n positive with sum 1. A small network computes them: the sample's mean over positions is normalized by the moments
+    of each k, reduced to d numbers, and the products between the three vectors go through a hidden layer with tanh to three
+    logits. The last layer starts at 0, so all shares start at 1/3. In evaluation running averages replace the batch's moments.
+
+    ``num_features``, ``eps`` and ``momentum``, the shape and its errors are those of SwitchableNorm.
 
     Args:
-        num_features: channels C.
         reduction: d is C / reduction, at least 1. Default: 32.
-        hidden: number of hidden units. Default: 6.
-        eps: added to the variances. Default: 1e-5.
-        momentum: weight of the new value in the running averages. Default: 0.1.
-
-    Shape: (N, C, *); the output has the same shape.
-
-    Raises:
-        ShapeError: a number of channels other than ``num_features``, or a single position.
-        OptionError: a reduction or hidden below 1.
+        hidden: number of hidden units, from 1. Default: 6.
 
     Reference: Zhang, Peng, Yuan, Luo, "Exemplar Normalization for Learning Deep Representation" (2020),
     https://arxiv.org/abs/2003.08761. The sizes of the small network are our own choice.
@@ -266,9 +255,8 @@ class ExemplarNorm(Module):
             Running(self.momentum).update(running, batch, _BATCH.split(input.shape))
         else:
             shape = [1, -1] + [1] * (input.dim() - 2)
-            batch = Moments(
-                self.running_mean.to(wide.dtype).view(shape), self.running_var.to(wide.dtype).view(shape), 0
-            )
+            mean, var = (kept.to(wide.dtype).view(shape) for kept in (self.running_mean, self.running_var))
+            batch = Moments(mean, var, 0)
         return [instance, pool(instance, (1,)), batch]
 
     def shares(self, found: list[Moments]) -> Tensor:

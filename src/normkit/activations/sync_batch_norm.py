@@ -11,11 +11,11 @@ from torch import Tensor
 from normkit.core.card import Card, paper
 from normkit.core.errors import ShapeError
 from normkit.core.memory import RunningStatistics
+from normkit.core.module import TorchBatchNorm
 from normkit.core.moments import Moments, accumulation_dtype, moments
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Split, show
-from normkit.core.torch_batch_norm import TorchBatchNorm
 from normkit.engine.dispatch import Activation, Backend, Explanation, run
 from normkit.engine.layer import Layer, channels_rule, check_channels, check_several, given_statistics
 from normkit.engine.reference import activate
@@ -28,8 +28,8 @@ class SyncBatchNorm(Layer, TorchBatchNorm):
 
     y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, with E and Var (population) over the union of the processes' batches in
     training. Batches may differ in size, and some may be empty; every process must call forward and backward alike. Each
-    process's count, mean and variance are gathered once and merged; the backward pass sums two numbers per channel over the
-    processes. Running statistics are the same in all processes. Gradients of weight and bias are those of the local batch, as
+    process's count, mean and variance are gathered once and merged; the backward pass sums two numbers per channel. Running
+    statistics are the same in all processes; gradients of weight and bias are those of the local batch, as
     DistributedDataParallel expects. Without a process group, with one process, and in evaluation it is batch normalization.
 
     ``torch.nn.SyncBatchNorm``, but also on CPU: same arguments, defaults and state_dict. Replace channels-last layers by hand,
@@ -40,8 +40,7 @@ class SyncBatchNorm(Layer, TorchBatchNorm):
         process_group: the processes that share statistics. Default: all.
 
     Reference: Merging follows Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983),
-    https://doi.org/10.1080/00031305.1983.10483115; the method Ioffe and Szegedy (2015),
-    https://arxiv.org/abs/1502.03167.
+    https://doi.org/10.1080/00031305.1983.10483115; the method Ioffe and Szegedy (2015), https://arxiv.org/abs/1502.03167.
 
     >>> norm = SyncBatchNorm(1, momentum=0.5)
     >>> norm(torch.tensor([[1.0], [3.0]])).detach().T

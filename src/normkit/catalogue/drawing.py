@@ -1,21 +1,28 @@
 """A picture of a support set for a paper or a slide: a cube of elements with the set in colour.
 
-It is drawn from the support alone, or, for the five pictures of a lecture (``"slides"``), found by differentiating the layer.
+It is drawn from the support alone, or, for the five pictures of a lecture (``"slides"``), found by differentiating the layer: an
+output depends on the elements that share its statistic and on no others, so the non-zeros of its gradient by the input are the
+support set. LayerNorm stands among them twice: in a ConvNet it normalizes a sample, in a transformer a token.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon
-from torch import Tensor
+from torch import Tensor, nn
 
+from normkit.activations.batch_norm import BatchNorm
+from normkit.activations.group_norm import GroupNorm
+from normkit.activations.instance_norm import InstanceNorm
+from normkit.activations.layer_norm import LayerNorm
 from normkit.catalogue.diagram import members, small_shape
 from normkit.catalogue.methods import METHODS, method
-from normkit.catalogue.slides import SLIDES, reached
 from normkit.core.card import Card
 from normkit.core.errors import OptionError
 from normkit.core.support import Support
@@ -100,9 +107,7 @@ def _of_card(card: Card) -> Cube:
 def _of_support(name: str, title: str, support: Support) -> Cube:
     shape, labels = small_shape(support)
     if len(shape) not in (2, 3):
-        raise OptionError(
-            f"a picture shows two or three axes, and {support} has {len(shape)}; write it with * for some of them"
-        )
+        raise OptionError(f"a picture shows two or three axes, and {support} has {len(shape)}; write * for some")
     if len(shape) == 3:  # channels to the right and positions down, as such cubes are drawn
         order = (0, 2, 1) if labels[-1] in ("positions", "weights of the unit") else (0, 1, 2)
     else:
@@ -161,3 +166,38 @@ def _save(figure: Figure, path: Path | str) -> Path:
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "normkit"}):
         figure.savefig(path, dpi=300, metadata={"Date": None} if str(path).endswith(".svg") else None)
     return Path(path)
+
+
+_IMAGES, _TOKENS = ("samples", "channels", "positions"), ("samples", "tokens", "features")
+
+
+@dataclass(frozen=True)
+class Slide:
+    """A layer in training mode, and the axes of its input in the picture."""
+
+    title: str
+    layer: nn.Module
+    labels: tuple[str, str, str] = _IMAGES
+    order: tuple[int, int, int] = (0, 2, 1)
+
+
+SLIDES = {
+    "slide_batch_norm": Slide("BatchNorm", BatchNorm(6)),
+    "slide_layer_norm_convnet": Slide("LayerNorm in a ConvNet", LayerNorm(6, over="c *")),
+    "slide_layer_norm_transformer": Slide("LayerNorm in a transformer", LayerNorm(6), _TOKENS, (0, 1, 2)),
+    "slide_instance_norm": Slide("InstanceNorm", InstanceNorm(6)),
+    "slide_group_norm": Slide("GroupNorm", GroupNorm(2, 6)),
+}
+
+
+def reached(slide: Slide) -> Tensor:
+    """Which elements of three samples, six channels and four positions change the first place of the last channel.
+
+    >>> reached(SLIDES["slide_instance_norm"]).sum(2).tolist()
+    [[0, 0, 0, 0, 0, 4], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]]
+    """
+    images = slide.labels == _IMAGES
+    x = torch.rand((3, 6, 4) if images else (3, 4, 6), generator=torch.Generator().manual_seed(0)).requires_grad_()
+    output = slide.layer(x)[(0, 5, 0) if images else (0, 0, 5)]
+    (gradient,) = torch.autograd.grad(output, x)
+    return gradient != 0

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from normkit.core.errors import NotationError
 
@@ -22,12 +22,8 @@ if TYPE_CHECKING:
 _FILE = Path(__file__).with_name("entries.json")
 
 # The namespace of each kind of method in Python; its function is in normkit.functional.
-NAMESPACES = {
-    "input": "normkit.preprocessing",
-    "activation": "normkit",
-    "weight": "normkit.weights",
-    "gradient": "normkit.gradients",
-}
+NAMESPACES = {"input": "normkit.preprocessing", "activation": "normkit"}
+NAMESPACES |= {"weight": "normkit.weights", "gradient": "normkit.gradients"}
 
 
 @dataclass(frozen=True)
@@ -64,16 +60,10 @@ def describe(card: Card) -> Entry:
 
     support = None if card.rule is None else card.rule.support
     shared = {field.name: getattr(card, field.name) for field in fields(Entry) if hasattr(card, field.name)}
-    told = {
-        "invariances": ", ".join(sorted(card.invariances)),
-        "module": card.module.__name__,
-        "functional": card.functional.__name__,
-        "year": card.paper.year,
-        "citation": card.paper.cite(),
-        "bibtex": card.paper.bibtex(),
-        "support": None if support is None else str(support),
-        "picture": None if support is None else draw_text(support),
-    }
+    told: dict[str, Any] = {"module": card.module.__name__, "functional": card.functional.__name__}
+    told |= {"invariances": ", ".join(sorted(card.invariances))}
+    told |= {"support": support and str(support), "picture": support and draw_text(support)}
+    told |= {"year": card.paper.year, "citation": card.paper.cite(), "bibtex": card.paper.bibtex()}
     return Entry(**shared | told)
 
 

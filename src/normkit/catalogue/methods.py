@@ -1,4 +1,4 @@
-"""METHODS: every method, one line per file. Tests, pages, recipes and benchmarks go through it."""
+"""METHODS: every method, by the names of the files. Tests, pages, recipes and benchmarks go through it."""
 
 from importlib import import_module
 
@@ -6,52 +6,22 @@ from normkit.catalogue.entry import find, spellings
 from normkit.core.card import Card
 
 # A file may hold several methods that share an idea; its cards keep their order.
-_FILES = (
-    "preprocessing.feature_scaling",
-    "preprocessing.robust_scaling",
-    "preprocessing.sample_scaling",
-    "preprocessing.image_standardization",
-    "preprocessing.whitening",
-    "activations.batch_norm",
-    "activations.ghost_batch_norm",
-    "activations.batch_group_norm",
-    "activations.batch_renorm",
-    "activations.sync_batch_norm",
-    "activations.batch_channel_norm",
-    "activations.recurrent_batch_norm",
-    "activations.layer_norm",
-    "activations.rms_norm",
-    "activations.scale_norm",
-    "activations.query_key_norm",
-    "activations.hypersphere",
-    "activations.adaptive_layer_norm",
-    "activations.recurrent_layer_norm",
-    "activations.group_norm",
-    "activations.instance_norm",
-    "activations.conditional_norm",
-    "activations.global_response_norm",
-    "activations.filter_response_norm",
-    "activations.positional_norm",
-    "activations.switchable_norm",
-    "activations.local_response_norm",
-    "activations.local_context_norm",
-    "activations.divisive_norm",
-    "activations.gdn",
-    "activations.dynamic_tanh",
-    "activations.gated_rms_norm",
-    "weights.weight_norm",
-    "weights.spectral_norm",
-    "weights.weight_standardization",
-    "weights.weight_conditioning",
-    "weights.preconditioning",
-    "gradients.grad_norm",
-    "gradients.gradient_normalizer",
-    "gradients.adaptive_clipping",
-    "gradients.muon",
-)
+_FILES = {
+    "preprocessing": "feature_scaling sample_scaling image_standardization whitening",
+    "activations": "batch_norm ghost_batch_norm batch_group_norm batch_renorm sync_batch_norm batch_channel_norm "
+    "recurrent_batch_norm layer_norm rms_norm scale_norm query_key_norm hypersphere adaptive_layer_norm "
+    "recurrent_layer_norm group_norm instance_norm conditional_norm global_response_norm switchable_norm "
+    "local_response_norm divisive_norm gdn dynamic_tanh gated_rms_norm",
+    "weights": "weight_norm spectral_norm weight_standardization weight_conditioning preconditioning",
+    "gradients": "grad_norm gradient_normalizer muon",
+}
 
 METHODS: tuple[Card, ...] = tuple(
-    card for file in _FILES for card in vars(import_module(f"normkit.{file}")).values() if isinstance(card, Card)
+    card
+    for folder, files in _FILES.items()
+    for file in files.split()
+    for card in vars(import_module(f"normkit.{folder}.{file}")).values()
+    if isinstance(card, Card)
 )
 
 

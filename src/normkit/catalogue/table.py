@@ -42,23 +42,13 @@ def comparison_table() -> str:
         for card in METHODS:
             if card.kind != kind:
                 continue
-            flags = {
-                "batch": card.batch_dependent,
-                "running": card.running_state,
-                "two modes": not card.train_equals_eval,
-                "folds": card.foldable,
-            }
+            flags = {"batch": card.batch_dependent, "running": card.running_state}
+            flags |= {"two modes": not card.train_equals_eval, "folds": card.foldable}
             # A bar would end the cell: GitHub unescapes \\| within code, other readers of Markdown do not.
             formula = html.escape(card.formula, quote=False).replace("|", "&#124;")
-            cells = [
-                f"**{card.title}**<br>`{card.name}`",
-                f"<code>{formula}</code>",
-                card.use_cases,
-                card.strengths,
-                card.weaknesses,
-                ", ".join(name for name, flag in flags.items() if flag),
-                ", ".join(sorted(card.invariances)),
-            ]
+            said = ", ".join(name for name, flag in flags.items() if flag), ", ".join(sorted(card.invariances))
+            cells = [f"**{card.title}**<br>`{card.name}`", f"<code>{formula}</code>", card.use_cases]
+            cells += [card.strengths, card.weaknesses, *said]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)

@@ -29,9 +29,8 @@ class Paper:
     def cite(self) -> str:
         """One line: first author, year, title, address."""
         names = self.authors.split(" and ")
-        who = names[0].split(",")[0] + (
-            " et al." if len(names) > 2 else f" and {names[1].split(',')[0]}" if len(names) == 2 else ""
-        )
+        first, *more = (name.split(",")[0] for name in names)
+        who = f"{first} et al." if len(more) > 1 else " and ".join([first, *more])
         return f'{who} {self.year}, "{self.title}", {self.url}'
 
     def bibtex(self) -> str:
@@ -138,9 +137,7 @@ class Card:
         if self.kind != "activation":
             return
         if bool(self.word) == bool(self.wordless) or bool(self.word) == (self.build is None):
-            raise NotationError(
-                f"Card {self.name}: wanted a word for recipes with build=, or wordless= with the reason why it has none"
-            )
+            raise NotationError(f"Card {self.name}: wanted word= and build=, or wordless=, the reason why it has none")
 
     def _plainly(self, sizes: Any) -> Any:
         return self.module() if self.kind == "input" else self.module(sizes)

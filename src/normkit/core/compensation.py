@@ -18,7 +18,6 @@ class Affine:
             ``"d"`` per feature, ``""`` one scalar, ``"n c"`` per sample and channel (computed from another input).
         offset: added to the weight; 1 where the weight holds the difference of the gain from 1, and starts at 0.
 
-    >>> import torch
     >>> from normkit.core.support import Support
     >>> split = Support("n c *", over="n *").split((2, 3, 4))
     >>> Affine("c").apply(torch.ones(2, 3, 4), split, weight=torch.tensor([1.0, 2.0, 3.0]), bias=None)[0, :, 0]
@@ -50,7 +49,6 @@ def modulation(layout: str, shape: Sequence[int], *parts: Tensor) -> tuple[str, 
 
     A part is (C,), (N or 1, C), or has as many axes as the input, over which it broadcasts.
 
-    >>> import torch
     >>> per, (scale, shift) = modulation("n * d", (2, 3, 4), torch.ones(2, 1, 4), torch.zeros(4))
     >>> per, scale.shape, shift.shape
     ('n d', torch.Size([2, 4]), torch.Size([2, 4]))
@@ -64,9 +62,8 @@ def modulation(layout: str, shape: Sequence[int], *parts: Tensor) -> tuple[str, 
         return layout, [part.expand(*shape) for part in aligned]
     axes = [0, channel] if 0 in varies else [channel]
     wanted = [size if d in axes else 1 for d, size in enumerate(shape)]
-    return ("n " if 0 in varies else "") + name, [
-        part.expand(wanted).reshape([shape[d] for d in axes]) for part in aligned
-    ]
+    fewest = [part.expand(wanted).reshape([shape[d] for d in axes]) for part in aligned]
+    return ("n " if 0 in varies else "") + name, fewest
 
 
 def align(layout: str, shape: Sequence[int], part: Tensor) -> Tensor:

@@ -85,9 +85,8 @@ class Running:
 
     The update is computed in at least float32 by torch.lerp, which is exact for the momenta 0 and 1, and then rounded to the
     dtype of the running statistics. A channel whose result is not finite keeps its old value, and a batch without elements
-    changes no channel: one broken batch does not poison the average. Such batches still count. The cumulative average, in
-    contrast, skips a batch without elements or with a non-finite result in any channel and does not count it, so that it remains
-    the plain mean of the counted batches. What activation checkpointing computes again in a backward pass does not enter twice.
+    changes no channel; such batches still count. The cumulative average skips and does not count a batch without elements or with
+    a non-finite result in any channel. What activation checkpointing computes again does not enter twice.
 
     Args:
         momentum: weight of the new value, 0 to 1; None gives the cumulative average 1 / batches.
@@ -172,8 +171,7 @@ class RunningMoments(Running):
 
     Unlike an average of variances, it includes the variance between the batch means.
 
-    Reference: Summers and Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization" (2020),
-    https://arxiv.org/abs/1906.03548, section 3.1.
+    Reference: Summers and Dinneen (2020), https://arxiv.org/abs/1906.03548, section 3.1.
 
     >>> statistics = RunningStatistics(torch.zeros(1), torch.ones(1))
     >>> split = Split((4, 1), ("n", "c"), (0,))

@@ -1,6 +1,7 @@
-"""The base of all layers: its statistics stay in at least float32, its sizes are plain integers, TorchScript is refused."""
+"""The bases of layers: statistics stay in at least float32, sizes are integers, TorchScript is refused; torch's batch norm."""
 
 import operator
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, ClassVar, NoReturn
@@ -8,16 +9,10 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor, nn
 
-from normkit.core.errors import BackendError, ShapeError
+from normkit.core.errors import BackendError, ShapeError, SurgeryError
 
-_INITIAL = {
-    "weight": 1.0,
-    "bias": 0.0,
-    "running_mean": 0.0,
-    "running_var": 1.0,
-    "running_std": 1.0,
-    "num_batches_tracked": 0,
-}
+_INITIAL: dict[str, float] = dict.fromkeys(("weight", "running_var", "running_std"), 1.0)
+_INITIAL |= {"bias": 0.0, "running_mean": 0.0, "num_batches_tracked": 0}
 
 
 class Module(nn.Module):
@@ -115,3 +110,46 @@ def trailing_sizes(who: str, normalized_shape: int | Iterable[int]) -> list[int]
 
 def _is_half(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dtype.itemsize < 4
+
+
+class _Eps:
+    """A batch norm's eps, which refuses readers that would replace the layer by one that computes something else.
+
+    Converters and fusers read a batch norm's attributes, and eps is the one that all of them need; torch offers a module no other
+    way to object. The reader is known by the name of the calling function, which is fragile: a tool with another name gets eps.
+    """
+
+    def __get__(self, module: Any, owner: type[Any]) -> Any:
+        if module is None:
+            return self
+        for converting in (True, False):
+            lost = module.lost(converting)
+            reader = sys._getframe(1).f_code.co_name if lost else ""
+            if (reader == "convert_sync_batchnorm") if converting else ("fuse" in reader):
+                raise SurgeryError(f"{reader}: {type(module).__name__} would lose {lost}")
+        # From the module's own dict, where a data descriptor of the class keeps it out of reach of plain attribute access.
+        return module.__dict__["eps"]
+
+    def __set__(self, module: Any, value: float) -> None:
+        module.__dict__["eps"] = value
+
+
+class TorchBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Base of the layers that torch's tools treat as batch norms: they have its parameters and buffers.
+
+    A compiler cannot trace the check of the reader: ``forward`` reads ``self.__dict__["eps"]``.
+    """
+
+    in_training: ClassVar[str] = ""  # what torch's layer would lose in training, with the cure
+    always: ClassVar[str] = ""  # what it would lose in evaluation too
+
+    eps: float = _Eps()  # pyright: ignore[reportAssignmentType]
+
+    def lost(self, converting: bool) -> str:
+        """What torch's synchronized batch norm (``converting``) or a fused layer would lose in its place, with the cure."""
+        activation, layout = getattr(self, "activation", None), getattr(self, "layout", "n c *")
+        if activation is not None:
+            return f"activation={activation!r}; set it to None and add {activation} as a module after the layer"
+        if converting and layout != "n c *":
+            return f"layout={layout!r}; replace it by normkit's SyncBatchNorm with this layout"
+        return self.always or (self.in_training if converting else "")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -44,8 +45,7 @@ class Moments(NamedTuple):
 
         A side with n = 0 leaves the other, of the same shape, unchanged.
 
-        Reference: Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983),
-        https://doi.org/10.1080/00031305.1983.10483115.
+        Reference: Chan, Golub, LeVeque (1983), https://doi.org/10.1080/00031305.1983.10483115.
 
         >>> a = Moments(torch.tensor(1.0), torch.tensor(0.0), 1)
         >>> b = Moments(torch.tensor(4.0), torch.tensor(1.0), 2)
@@ -103,3 +103,9 @@ def moments(x: Tensor, dims: Sequence[int], mask: Tensor | None = None) -> Momen
     shift = rest.sum(dims, keepdim=True) / divisor
     var = torch.where(mask, rest - shift, zero).square().sum(dims, keepdim=True) / divisor
     return Moments(first + shift, var, count)
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """A context without autocast on the device of x, in which matrix products keep the dtype of their operands."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

@@ -51,15 +51,13 @@ class Rule:
             for name in names:
                 if name not in self.support.names:
                     raise NotationError(
-                        f"{part}: axis {name!r} is not in {self.support}; axes that exist: {', '.join(self.support.names)}"
+                        f"{part}: axis {name!r} is not in {self.support}, which has {', '.join(self.support.names)}"
                     )
             if names != [name for name in self.support.names if name in names]:
-                raise NotationError(
-                    f"{part}: its axes are in another order than in {self.support}; write them in that order"
-                )
+                raise NotationError(f"{part}: its axes are in another order than in {self.support}; write them so")
             if isinstance(part, Running) and self.support.reduced & set(names):
                 raise NotationError(
-                    f"{part}: it keeps an axis that {self.support} reduces; keep only {', '.join(self.support.kept)}"
+                    f"{part}: it keeps what {self.support} reduces; keep only {', '.join(self.support.kept)}"
                 )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rule:

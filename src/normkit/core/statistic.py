@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from normkit.core.errors import OptionError
+from normkit.core.errors import OptionError, check_options
 from normkit.core.moments import Moments, accumulation_dtype, moments
 from normkit.core.support import Split
 
@@ -15,13 +15,8 @@ Center = Literal["mean", "min"]
 Scale = Literal["std", "rms", "norm", "range", "max"]
 Guard = Literal["inside", "outside", "floor"]
 
-_SCALE_FORMULA = {
-    "std": "sqrt(Var[x])",
-    "rms": "sqrt(E[x^2])",
-    "norm": "|x|",
-    "range": "(max[x] - min[x])",
-    "max": "max|x|",
-}
+_SCALE_FORMULA = {"std": "sqrt(Var[x])", "rms": "sqrt(E[x^2])", "norm": "|x|", "max": "max|x|"}
+_SCALE_FORMULA |= {"range": "(max[x] - min[x])"}
 _INSIDE_FORMULA = {"std": "sqrt(Var[x] + eps)", "rms": "sqrt(E[x^2] + eps)", "norm": "sqrt(|x|^2 + eps)"}
 
 
@@ -50,20 +45,13 @@ class Statistic:
     correction: int = 0
 
     def __post_init__(self) -> None:
-        for name, got, known in (
-            ("center", self.center, ("mean", "min", None)),
-            ("scale", self.scale, (*_SCALE_FORMULA, None)),
-            ("guard", self.guard, ("inside", "outside", "floor")),
-            ("correction", self.correction, (0, 1)),
-        ):
-            if got not in known:
-                raise OptionError(f"Statistic: {name}={got!r}; wanted one of {', '.join(map(repr, known))}")
+        scales, guards = (*_SCALE_FORMULA, None), ("inside", "outside", "floor")
+        check_options("Statistic", center=(self.center, ("mean", "min", None)), scale=(self.scale, scales))
+        check_options("Statistic", guard=(self.guard, guards), correction=(self.correction, (0, 1)))
         if self.eps is not None and not self.eps >= 0:
             raise OptionError(f"Statistic: eps={self.eps}; wanted a number from 0, or None")
         if self.guard == "inside" and self.scale is not None and self.scale not in _INSIDE_FORMULA:
-            raise OptionError(
-                f'Statistic: scale={self.scale!r} has no root to put eps inside; use guard="floor" or "outside"'
-            )
+            raise OptionError(f'Statistic: scale={self.scale!r} has no root for eps; use guard="floor" or "outside"')
 
     def epsilon(self, dtype: torch.dtype) -> float:
         """Eps as a number, for statistics of this dtype."""

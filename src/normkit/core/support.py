@@ -10,17 +10,8 @@ from normkit.core.errors import NotationError, OptionError, ShapeError
 from normkit.core.module import whole
 
 # What an axis name means in words, by the literature's letters.
-_WORDS = {
-    "n": "samples",
-    "b": "sub-batches",
-    "c": "channels",
-    "g": "groups",
-    "d": "features",
-    "o": "output units",
-    "i": "input units",
-    "t": "time steps",
-    "*": "positions",
-}
+_WORDS = {"n": "samples", "b": "sub-batches", "c": "channels", "g": "groups", "d": "features", "*": "positions"}
+_WORDS |= {"o": "output units", "i": "input units", "t": "time steps"}
 
 
 @dataclass(frozen=True)
@@ -91,9 +82,7 @@ class Support:
                 raise NotationError(f"{self}: over= names axis {name!r}, which is not there; axes that exist: {known}")
         for name, size in self.sizes:
             if name not in self.names or name == "*":
-                raise NotationError(
-                    f"{self}: a size is given for axis {name!r}, which is not there; axes that exist: {known}"
-                )
+                raise NotationError(f"{self}: a size is given for axis {name!r}, not there; axes that exist: {known}")
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise NotationError(f"{self}: axis {name!r} got size {size!r}; a size is a whole number from 1")
 
@@ -144,9 +133,7 @@ class Support:
         if star < 0 or (star > 0 and "*" not in self.names):
             wanted = len(self.groups) - ("*" in self.names)
             atleast = "at least " if "*" in self.names else ""
-            raise ShapeError(
-                f"{self}: got a tensor of {len(shape)} axes ({show(shape)}), wanted {atleast}{wanted}: {self.axes}"
-            )
+            raise ShapeError(f"{self}: got {len(shape)} axes ({show(shape)}), wanted {atleast}{wanted}: {self.axes}")
         sizes, names, position = [], [], 0
         for group in self.groups:
             if group == ("*",):
@@ -172,7 +159,7 @@ class Support:
             )
         if not unknown and product != size:
             raise ShapeError(
-                f"{self}: {_axis(group, shape, position)} has size {size}, wanted {product} as the given sizes say"
+                f"{self}: {_axis(group, shape, position)} has size {size}, wanted {product} by the sizes given"
             )
         if unknown and size % product:
             said = ", ".join(f"{name}={given[name]}" for name in group if name in given)
@@ -271,9 +258,8 @@ def place(parameter: torch.Tensor, per: str, split: Split) -> torch.Tensor:
         )
     names = {name for group in parse_axes(per) for name in group}
     # Axes come in the order of the support, which Rule ensures: so sizes of 1 between them suffice, without a permutation.
-    return parameter.reshape(
-        [size if name in names else 1 for name, size in zip(split.names, split.shape, strict=True)]
-    )
+    axes = zip(split.names, split.shape, strict=True)
+    return parameter.reshape([size if name in names else 1 for name, size in axes])
 
 
 def per_shape(per: str, split: Split) -> tuple[int, ...]:

@@ -43,8 +43,7 @@ class Signal:
 class Stream:
     """The first four central moments of all elements that are added, in float64, merged part by part.
 
-    Reference: Pebay, "Formulas for Robust, One-Pass Parallel Computation of Covariances and Arbitrary-Order Statistical Moments"
-    (2008), https://doi.org/10.2172/1028931.
+    Reference: Pebay (2008), https://doi.org/10.2172/1028931.
     """
 
     def __init__(self) -> None:
@@ -92,9 +91,8 @@ def activations(
     """Measure mean, deviation, kurtosis, dead and saturated parts of every module's output, and the deviation of its gradient.
 
     Hooks stream each output into moments and keep nothing; a batch costs its forward pass (with a loss its backward pass) and a
-    few passes over each output in float64, a million elements at a time. The model stays in the mode that it is in; running
-    statistics, gradients and random generators are as before afterwards. Functions, such as ``F.relu``, are not seen, as they are
-    no modules; a module that is called several times is measured over all calls.
+    few passes over each output in float64. The model stays in its mode; running statistics, gradients and random generators are
+    as before afterwards. Functions, such as ``F.relu``, are no modules, and not seen.
 
     Args:
         model: any module.

@@ -61,10 +61,9 @@ def chi(matrix: Tensor) -> float:
 def weight_conditions(model: nn.Module, where: Where | None = None) -> dict[str, tuple[float, float]]:
     """Compute the condition numbers of every layer's weight: of the raw parameter, and of the effective weight.
 
-    Weights of more than two axes are unfolded to output units x the rest. Both numbers are equal where a weight has no
-    parametrization. The raw weight is ``original``, or the direction v of weight normalization. Under the hook-based utilities of
-    ``torch.nn.utils`` (``prune``, the older ``weight_norm`` and ``spectral_norm``) the weight is that of the last pass. Nothing
-    is changed, not even the buffers of spectral normalization.
+    Weights of more than two axes are unfolded to output units x the rest. The raw weight is ``original``, or the direction v of
+    weight normalization; without a parametrization both numbers are equal. Under the hook-based utilities of ``torch.nn.utils``
+    the weight is that of the last pass. Nothing is changed, not even the buffers of spectral normalization.
 
     Args:
         model: any module.
@@ -135,7 +134,7 @@ def operator_spectrum(kernel: Tensor, size: Sequence[int], groups: int = 1, stri
     steps = tuple(stride) or (1,) * len(taps)
     if len(steps) != len(taps) or any(n % s for n, s in zip(size, steps, strict=True)):
         raise ShapeError(
-            f"operator_spectrum: stride {show(steps)} on inputs of size {show(size)}; wanted a divisor per size"
+            f"operator_spectrum: stride {show(steps)} on inputs of {show(size)}; wanted a divisor per size"
         )
     axes = tuple(range(2, kernel.dim()))
     response = torch.fft.fftn(wide(kernel), s=tuple(size), dim=axes)
@@ -183,9 +182,8 @@ def layer_spectrum(layer: _ConvNd, kernel: Tensor, size: Sequence[int]) -> Tenso
     # Transposing keeps singular values: a transposed convolution has those of the convolution with its kernel.
     for axis, step in enumerate(layer.dilation, 2):
         spread = kernel.new_zeros([(n - 1) * step + 1 if d == axis else n for d, n in enumerate(kernel.shape)])
-        kernel = spread.index_copy(
-            axis, torch.arange(0, spread.shape[axis], step, device=kernel.device), kernel.detach()
-        )
+        places = torch.arange(0, spread.shape[axis], step, device=kernel.device)
+        kernel = spread.index_copy(axis, places, kernel.detach())
     return operator_spectrum(kernel, size, layer.groups, layer.stride)
 
 
@@ -202,16 +200,13 @@ def _weight_names(layer: nn.Module) -> list[str]:
     """The layer's own tensors that multiply its input; a norm's gain does not."""
     if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
         return []
-    own = dict.fromkeys(_used_name(layer, key) for key, _ in layer.named_parameters(recurse=False))
+    own = {}
+    for key, _ in layer.named_parameters(recurse=False):  # from which a hook may compute a weight of another name
+        stem = key.rpartition("_")[0]
+        own[stem if key.endswith(("_orig", "_g", "_v")) and hooked_weight(layer, stem) else key] = key
     parts = layer._modules.get("parametrizations")
     derived = list(parts._modules) if isinstance(parts, nn.ModuleDict) else []
     return [key for key in (*own, *derived) if key == "weight" or "_weight" in key or key.startswith("weight_")]
-
-
-def _used_name(layer: nn.Module, key: str) -> str:
-    """The name of the weight that a hook computes from a parameter; the parameter's own if none does."""
-    stem = key.rpartition("_")[0]
-    return stem if key.endswith(("_orig", "_g", "_v")) and hooked_weight(layer, stem) else key
 
 
 @torch.no_grad()
@@ -331,20 +326,17 @@ def conditions(
             matrix, before = (m.chunk(len(parts))[place] for m in (whole, layout.matrix(raw)))
             now = spectrum(matrix)
             lengths = [torch.linalg.vector_norm(matrix, dim=d, dtype=torch.float64) for d in (1, 0)]
-            rows.append(
-                WeightCondition(
-                    name=f"{label}[{part}]" if part else label,
-                    kind=part or parametrize.type_before_parametrizations(layer).__name__,
-                    shape=(matrix.shape[0], matrix.shape[1]),
-                    spectrum=now,
-                    stable_rank=ratio(lengths[0].square().sum().item(), now.largest**2),
-                    rows=ratio(lengths[0].max().item(), lengths[0].min().item()),
-                    columns=ratio(lengths[1].max().item(), lengths[1].min().item()),
-                    raw=now.condition if used is raw else spectrum(before).condition,
-                    after={mode: values[place] for mode, values in after.items()},
-                    operator=operator,
-                )
+            full, kind = (
+                (f"{label}[{part}]", part)
+                if part
+                else (label, parametrize.type_before_parametrizations(layer).__name__)
             )
+            stable = ratio(lengths[0].square().sum().item(), now.largest**2)
+            by_row, by_column = (ratio(length.max().item(), length.min().item()) for length in lengths)
+            then = {mode: values[place] for mode, values in after.items()}
+            raw_one = now.condition if used is raw else spectrum(before).condition
+            shape = matrix.shape[0], matrix.shape[1]
+            rows.append(WeightCondition(full, kind, shape, now, stable, by_row, by_column, raw_one, then, operator))
     return rows
 
 

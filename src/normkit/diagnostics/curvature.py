@@ -19,9 +19,9 @@ from typing import Literal, NamedTuple, Unpack
 import torch
 from torch import Tensor, nn
 
-from normkit.core.errors import OptionError, closest
-from normkit.diagnostics.lanczos import dominant, quadrature
+from normkit.core.errors import check_options
 from normkit.diagnostics.second_derivative import Batches, Curvature, Loss, Options
+from normkit.diagnostics.spectrum import dominant, quadrature
 from normkit.surgery.bake import bake
 from normkit.surgery.select import Where, select, weight_names
 from normkit.weights.weight_conditioning import Mode, weight_conditioning
@@ -202,8 +202,7 @@ def smoothness(
 
     The steps are ``rate`` times the multiples in ``along``; other arguments and errors are those of ``hessian_extremes``.
 
-    Reference: Santurkar, Tsipras, Ilyas, Madry, "How Does Batch Normalization Help Optimization?" (2018),
-    https://arxiv.org/abs/1805.11604, section 3.
+    Reference: Santurkar, Tsipras, Ilyas, Madry (2018), https://arxiv.org/abs/1805.11604, section 3.
 
     >>> model = nn.Linear(1, 1, bias=False)
     >>> _ = nn.init.ones_(model.weight)
@@ -251,19 +250,13 @@ def hessian_condition(
     ``plain``           L at the weights E W      H at another place
     ==================  ========================  ==================================================================
 
-    Args:
-        model: small: the whole matrix is made. Its layers should carry no parametrization.
-        loss: see ``hessian_extremes``, as are batches.
-        batches: pairs of an input and a target.
-        mode: the reading. Default: "constant".
-        method: what is equilibrated, as in ``weight_conditioning``. Default: "row".
-        where: which layers, as in ``surgery.select``. Default: "all".
+    The model is small, as the whole matrix is made, and its layers carry no parametrization; loss and batches are those of
+    ``hessian_extremes``, ``method`` is the mode of ``weight_conditioning``, and ``where`` that of ``surgery.select``.
 
     Raises:
         OptionError: another reading, or a layer that can't be conditioned.
 
-    Reference: Saratchandran, Wang, Lucey, "Weight Conditioning for Smooth Optimization of Neural Networks" (2024),
-    https://arxiv.org/abs/2409.03424.
+    Reference: Saratchandran, Wang, Lucey (2024), https://arxiv.org/abs/2409.03424.
 
     >>> model = nn.Linear(2, 2, bias=False)
     >>> model.weight.data = torch.tensor([[4.0, 0.0], [0.0, 1.0]])
@@ -272,9 +265,7 @@ def hessian_condition(
     >>> round(before.condition, 6), round(after.condition, 6)  # (4 / 1) ** 2 times as large
     (4.0, 64.0)
     """
-    known = ("constant", "differentiated", "plain")
-    if mode not in known:
-        raise OptionError(f"hessian_condition: mode={mode!r}; wanted one of {', '.join(known)}{closest(mode, known)}")
+    check_options("hessian_condition", mode=(mode, Reading))
     twin = copy.deepcopy(model).double()
     for layer in select(twin, where).values():
         for name in weight_names(layer):

@@ -66,12 +66,8 @@ def gap(
     a loss, what a gap costs is measured in evaluation: one pass over the batches with the model as it is, and one per layer with
     that layer alone recalibrated. The model is not changed; ``.recalibrate(beyond)`` of the result does so.
 
-    Args:
-        model: with batch normalizations that keep running statistics.
-        batches: as ``recalibrate`` takes them; with a loss, pairs of input and target, to be walked several times.
-        loss: ``loss(output, target)``, a mean over the batch. Default: None, costs are not measured.
-        limit: batches to take for the statistics; None for all. Default: 200.
-        forward: ``forward(model, batch)``, as for ``recalibrate``. Default: None.
+    ``batches``, ``limit`` and ``forward`` are those of ``recalibrate``; with a ``loss(output, target)``, a mean over the batch,
+    the batches are pairs, to be walked several times.
 
     Returns a row per layer, in the order of the modules, with what evaluation gives now.
 

@@ -42,14 +42,12 @@ class Monitor:
     ===========================  ==================================================================================
 
     Cost: a step is sampled if ``every`` steps have passed since the last, and if with it all that was spent is within ``share``
-    of the time of training; so the share holds on average, and samples are rarer where steps are short. Hooks are there in a
-    sampled step alone. In such a step compiled code runs eagerly, as it calls no hooks; ``close()`` ends it early, as after an
-    exception.
+    of the time of training; so samples are rarer where steps are short. Hooks are there in a sampled step alone, in which
+    compiled code runs eagerly, as it calls no hooks; ``close()`` ends it early, as after an exception.
 
-    Of several forward passes in a step, as when gradients accumulate, the first is looked at. A gradient scaler's factor is in
-    ``gradient``, and not in ``weight_gradient``. Nothing is sent between processes: each records its own batch; create a monitor
-    in one of them, or log one. Of weights that are sharded (``fully_shard``, tensor parallelism) nothing is recorded, of their
-    modules' outputs the local part. Calls within ``torch.func`` transforms are not seen.
+    Of several forward passes in a step, the first is looked at. A gradient scaler's factor is in ``gradient``, and not in
+    ``weight_gradient``. Each process records its own batch. Of weights that are sharded (``fully_shard``, tensor parallelism)
+    nothing is recorded, of their modules' outputs the local part. Calls within ``torch.func`` transforms are not seen.
 
     Args:
         model: in training; wrapped by DistributedDataParallel or ``torch.compile`` or not.

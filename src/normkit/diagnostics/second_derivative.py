@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from normkit.core.errors import OptionError
+from normkit.core.errors import OptionError, check_options
 from normkit.diagnostics.subject import refuse_lazy, refuse_reentrant
 from normkit.surgery.bake import bake
 from normkit.surgery.watch import forked, run_on
@@ -41,10 +41,7 @@ class Curvature:
         self, who: str, model: nn.Module, loss: Loss, batches: Batches, total: int, **options: Unpack[Options]
     ) -> None:
         matrix, by = options.get("matrix", "hessian"), options.get("by", "raw")
-        if matrix not in ("hessian", "ggn") or by not in ("raw", "effective"):
-            raise OptionError(
-                f"{who}: matrix={matrix!r}, by={by!r}; wanted 'hessian' or 'ggn', and 'raw' or 'effective'"
-            )
+        check_options(who, matrix=(matrix, ("hessian", "ggn")), by=(by, ("raw", "effective")))
         refuse_lazy(model, who)
         if isinstance(batches, Iterator):
             raise OptionError(f"{who}: the batches can be walked only once; give a list of them, or a loader")
@@ -82,9 +79,7 @@ class Curvature:
         for share, output, loss in self._passes():
             whole += share * self._second(output, loss, vectors)
         if not whole.isfinite().all():
-            raise OptionError(
-                f"{self.who}: the loss or a derivative of it is not finite; look at the loss on each batch"
-            )
+            raise OptionError(f"{self.who}: the loss or a derivative is not finite; look at the loss on each batch")
         self._done += 1
         if self.progress is not None:
             self.progress(self._done, self.total)

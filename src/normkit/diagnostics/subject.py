@@ -64,6 +64,4 @@ def is_reentrant(loss: Tensor) -> bool:
 def refuse_reentrant(loss: Tensor, who: str) -> None:
     """Refuse a loss behind reentrant checkpointing."""
     if is_reentrant(loss):
-        raise OptionError(
-            f"{who}: reentrant activation checkpointing hides the parameters in it; checkpoint with use_reentrant=False"
-        )
+        raise OptionError(f"{who}: reentrant activation checkpointing hides parameters; give it use_reentrant=False")

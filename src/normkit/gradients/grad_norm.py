@@ -31,13 +31,12 @@ class GradNorm(nn.Module):
     sign(G_i - t_i) ||dL_i/dW|| exactly, and needs no second derivative: ``path="exact"``. ``path="autograd"`` differentiates
     the norms instead, and agrees.
 
-    The step ``"additive"``, as published, follows the slopes: w_i <- w_i - rate slope_i. Its length scales with the gradients,
-    and it oscillates where one loss is a hundred times another; then use ``"multiplicative"``, which descends the same distance,
-    relative to the mean norm, in log w_i: w_i <- w_i exp(-rate w_i slope_i / mean_j(G_j)). It is scale-free, and weights stay
-    above 0.
+    The step ``"additive"``, as published, follows the slopes: w_i <- w_i - rate slope_i. It oscillates where one loss is a
+    hundred times another; then use ``"multiplicative"``, which descends the same distance, relative to the mean norm, in log
+    w_i: w_i <- w_i exp(-rate w_i slope_i / mean_j(G_j)). It is scale-free, and weights stay above 0.
 
     Call it on the losses instead of adding them; it returns the sum to differentiate, with the weights before the step, and in
-    training steps the weights. Weights are buffers: an optimizer of the model does not touch them.
+    training steps the weights, which are buffers that an optimizer does not touch.
 
     A task whose first loss is 0 counts as keeping pace until its loss is above 0, which then counts as its first. A step in
     which a loss or a norm is not finite leaves the weights unchanged.
@@ -103,7 +102,7 @@ class GradNorm(nn.Module):
         stacked = losses if isinstance(losses, Tensor) else torch.stack(list(losses))
         if stacked.shape != self.weights.shape:
             raise ShapeError(
-                f"GradNorm: losses of shape {tuple(stacked.shape)}, wanted one scalar for each of {len(self.weights)} tasks"
+                f"GradNorm: losses of {tuple(stacked.shape)}, wanted a scalar for each of {len(self.weights)} tasks"
             )
         total = (self.weights.to(stacked.dtype) * stacked).sum()
         if self.training and torch.is_grad_enabled():
@@ -168,7 +167,11 @@ def grad_norm(
     scalars = list(losses.unbind() if isinstance(losses, Tensor) else losses)
     dtype = accumulation_dtype(scalars[0].dtype)
     weights, losses = weights.detach().to(dtype), torch.stack(scalars).detach().to(dtype)
-    pace = _pace(losses, initial.to(dtype)) ** alpha
+    initial = initial.to(dtype)
+    known = initial > 0  # where not, the rate at which a task lags behind is 1
+    ratio = (losses / torch.where(known, initial, 1.0)).clamp_min(0)
+    mean = torch.where(known, ratio, 0.0).sum() / known.sum().clamp_min(1)
+    pace = torch.where(known & (mean > 0), ratio / torch.where(mean > 0, mean, 1.0), 1.0) ** alpha
     if path == "exact":
         bare = torch.stack([_norm(loss, parameters, dtype) for loss in scalars])
         norms = weights * bare
@@ -199,14 +202,6 @@ def _norm(loss: Tensor, parameters: list[Tensor], dtype: torch.dtype, create_gra
             "share, and losses that were not detached"
         )
     return torch.linalg.vector_norm(torch.cat(parts))
-
-
-def _pace(losses: Tensor, initial: Tensor) -> Tensor:
-    """The rate r at which each task lags behind; 1 where it is not known."""
-    known = initial > 0
-    ratio = (losses / torch.where(known, initial, 1.0)).clamp_min(0)
-    mean = torch.where(known, ratio, 0.0).sum() / known.sum().clamp_min(1)
-    return torch.where(known & (mean > 0), ratio / torch.where(mean > 0, mean, 1.0), 1.0)
 
 
 CARD = Card(

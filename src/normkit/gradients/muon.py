@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw
 
 from normkit.core.card import Card, paper
 from normkit.core.errors import OptionError, check_options
-from normkit.gradients.adaptive_clipping import last_linear
+from normkit.gradients.gradient_normalizer import last_linear
 from normkit.weights.layout import WeightLayout, raw_parameters
 from normkit.weights.weight_conditioning import equilibrate
 
@@ -80,22 +80,16 @@ class Muon(Optimizer):
         eps: float = 1e-8,
     ) -> None:
         if not (lr >= 0 and weight_decay >= 0 and eps > 0):
-            raise OptionError(
-                f"Muon: lr={lr}, weight_decay={weight_decay}, eps={eps}; wanted lr and decay from 0, eps above 0"
-            )
+            raise OptionError(f"Muon: lr={lr}, weight_decay={weight_decay}, eps={eps}; wanted from 0, and eps above 0")
         for name, value in (("momentum", momentum), ("second_moment", second_moment or 0.0), ("betas", max(betas))):
             if not 0 <= value < 1:
                 raise OptionError(f"Muon: {name}={value}; wanted a number from 0 to below 1")
         check_options("Muon", equilibrate=(equilibrate, (None, *get_args(Sides))))
         check_options("Muon", renormalize=(renormalize, (None, "row", "col")))
-        options = {
-            "momentum": momentum,
-            "equilibrate": equilibrate,
-            "second_moment": second_moment,
-            "renormalize": renormalize,
-        }
+        options = {"momentum": momentum, "equilibrate": equilibrate}
         groups = matrix_groups(params) if isinstance(params, nn.Module) else params
         shared = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        shared |= {"second_moment": second_moment, "renormalize": renormalize}
         super().__init__(groups, {"matrices": False, "output_axis": 0, "groups": 1, **shared, **options})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -104,9 +98,7 @@ class Muon(Optimizer):
         group = self.param_groups[-1]
         thin = [tuple(p.shape) for p in group["params"] if p.dim() < 2]
         if group["matrices"] and thin:
-            raise OptionError(
-                f"Muon: a parameter of shape {thin[0]} among the matrices; put it into a group without 'matrices'"
-            )
+            raise OptionError(f"Muon: a parameter of shape {thin[0]} among the matrices; put it into another group")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

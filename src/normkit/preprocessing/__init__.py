@@ -1,8 +1,7 @@
 """Normalizations of data, fitted on the training set and kept in a model; one family per file."""
 
-from normkit.preprocessing.feature_scaling import MaxAbsScaling, MeanNormalization, MinMaxScaling, ZScore
+from normkit.preprocessing.feature_scaling import MaxAbsScaling, MeanNormalization, MinMaxScaling, RobustScaling, ZScore
 from normkit.preprocessing.image_standardization import ImageStandardization
-from normkit.preprocessing.robust_scaling import RobustScaling
 from normkit.preprocessing.sample_scaling import GlobalContrast, UnitLength
 from normkit.preprocessing.whitening import Whitening
 

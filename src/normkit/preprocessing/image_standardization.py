@@ -68,9 +68,7 @@ class ImageStandardization(Scaling):
         dtype: torch.dtype | None = None,
     ) -> None:
         if layout not in _SUPPORTS:
-            raise OptionError(
-                f"ImageStandardization: layout={layout!r}; wanted one of {', '.join(map(repr, _SUPPORTS))}"
-            )
+            raise OptionError(f"ImageStandardization: layout={layout!r}; wanted {', '.join(map(repr, _SUPPORTS))}")
         if maximum is not None and not maximum > 0:
             raise OptionError(f"ImageStandardization: maximum={maximum}; wanted a number above 0, such as 255, or None")
         super().__init__(_SUPPORTS[layout], device=device, dtype=dtype)
@@ -138,7 +136,7 @@ def _constants(statistics: str | Constants) -> tuple[list[float], list[float]]:
         ) from None
     if len(mean) != len(std) or not mean:
         raise ShapeError(
-            f"ImageStandardization: {len(mean)} means and {len(std)} deviations; wanted equally many, one per channel"
+            f"ImageStandardization: {len(mean)} means and {len(std)} deviations; wanted one of each per channel"
         )
     if not all(value > 0 for value in std):
         raise OptionError(f"ImageStandardization: deviations {std}; wanted numbers above 0")

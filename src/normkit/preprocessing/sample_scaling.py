@@ -121,7 +121,7 @@ class GlobalContrast(_PerSample):
         super().__init__()
         if not regularizer >= 0 or not eps > 0:
             raise OptionError(
-                f"GlobalContrast: regularizer={regularizer}, eps={eps}; wanted a regularizer from 0 and an eps above 0"
+                f"GlobalContrast: regularizer={regularizer}, eps={eps}; wanted numbers from 0, and above 0"
             )
         self.scale, self.regularizer, self.eps, self.support = scale, regularizer, eps, support
 

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from normkit.core.card import Card, paper
 from normkit.core.errors import OptionError, check_options
-from normkit.core.moments import accumulation_dtype, moments
-from normkit.core.precision import full_precision
+from normkit.core.moments import accumulation_dtype, full_precision, moments
 from normkit.core.support import Split, Support
 from normkit.preprocessing.fitting import Fitted, like, wide
 
@@ -78,7 +77,7 @@ class Whitening(Fitted):
             raise OptionError("Whitening: zca without equalize rotates back and changes nothing; use method='pca'")
         if not eps >= 0 or not 0 <= rank_tolerance < 1:
             raise OptionError(
-                f"Whitening: eps={eps}, rank_tolerance={rank_tolerance}; wanted eps from 0 and a tolerance from 0 to below 1"
+                f"Whitening: eps={eps}, rank_tolerance={rank_tolerance}; wanted numbers from 0, and below 1"
             )
         if components is not None and components < 1:
             raise OptionError(f"Whitening: components={components}; wanted a whole number from 1, or None")

@@ -45,17 +45,8 @@ def accelerate(
     ``nn.InstanceNorm2d`` and their like stands one class for every rank: look for ``nn.modules.batchnorm._BatchNorm`` or
     ``nn.modules.instancenorm._InstanceNorm`` instead, as the row says.
 
-    Args:
-        model: any module.
-        where: which norms, as in ``select``, by their names. Default: all.
-        example: an input on which the model is run before and after, without effect on it; a norm that is not called, or whose
-            parameters are read from outside it, is passed over. Default: None.
-        on_refusal: ``"leave"`` passes over what can't be taken over, ``"raise"`` refuses the whole. Default: ``"leave"``.
-        optimizer: of the model's parameters; none is replaced here, so that it goes on by itself. Default: None.
-
-    Raises:
-        NotationError: ``where`` can't be read.
-        SurgeryError: the changed model does not run on the example, or a norm is refused; the model is left as it was.
+    ``where``, ``example``, ``on_refusal`` and ``optimizer``, and errors, are those of ``convert``; what can't be taken over is
+    left, unless ``on_refusal="raise"`` refuses the whole.
 
     >>> print(accelerate(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.SyncBatchNorm(8))))
     layer  before        after         note

@@ -1,14 +1,17 @@
-"""Bake weight parametrizations in: the effective weight becomes the plain parameter."""
+"""Bake weight parametrizations in: the effective weight becomes the plain parameter; and a scale and a shift into layers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize, prune
 
 from normkit.core.errors import SurgeryError
 from normkit.surgery.changes import Change, label
+from normkit.surgery.norms import Norm
+from normkit.surgery.select import is_gpt2_linear
 from normkit.surgery.transaction import transaction
 from normkit.surgery.watch import modes_kept
 from normkit.weights.attachment import own_class
@@ -39,7 +42,11 @@ def bake(model: nn.Module) -> list[Change]:
     rows = _bake_hooked(model)
     for layer in {id(layer): layer for _, layer, _ in found}.values():
         own_class(layer)  # torch takes the property off the class, which copies of the layer share
-        _drop_hooks(layer)
+        # Weight norm's hook on older checkpoints goes with it; torch's can't even be pickled.
+        for key, held in list(layer._load_state_dict_pre_hooks.items()):
+            hook = getattr(held, "hook", held)
+            if getattr(hook, "func", hook).__module__ in _HOOKED:
+                del layer._load_state_dict_pre_hooks[key]
     for name, layer, weight in found:
         plist = _lists(layer)[weight]
         value, originals = values[id(plist)], list(plist.parameters(recurse=False))
@@ -67,11 +74,7 @@ def plain(model: nn.Module) -> Iterator[nn.Module]:
     ``save_pretrained`` of Hugging Face models and whatever else knows weights by their plain names leaves parametrized ones out
     without a word. The values are those of evaluation; afterwards the model is as it was, bit for bit.
 
-    Args:
-        model: any module.
-
-    Raises:
-        SurgeryError: a tied weight would be untied.
+    SurgeryError is raised where a tied weight would be untied.
 
     >>> from normkit import condition
     >>> model = condition(nn.Sequential(nn.Linear(2, 3))).model
@@ -116,14 +119,6 @@ def _bake_hooked(model: nn.Module) -> list[Change]:
     return rows
 
 
-def _drop_hooks(layer: nn.Module) -> None:
-    """Weight norm's hook on older checkpoints goes with it; torch's can't even be pickled."""
-    for key, held in list(layer._load_state_dict_pre_hooks.items()):
-        hook = getattr(held, "hook", held)
-        if getattr(hook, "func", hook).__module__ in _HOOKED:
-            del layer._load_state_dict_pre_hooks[key]
-
-
 def _lists(layer: nn.Module) -> nn.ModuleDict:
     lists = layer.parametrizations
     assert isinstance(lists, nn.ModuleDict)
@@ -162,3 +157,76 @@ def _refuse_ties(model: nn.Module, found: list[tuple[str, nn.Module]], values: d
                     f"{full}: its raw weight is tied to that of {other}, and baking in would untie them, as the two "
                     "are used with different values; parametrize both alike, or untie them first"
                 )
+
+
+def scale_and_shift(module: nn.Module, norm: Norm) -> tuple[Tensor, Tensor]:
+    """What a norm applies last, per channel, in float64: its gain and bias, and its running statistics if it has such."""
+    count = norm.shape[0]
+    given = [part for part in (norm.weight, norm.bias, module._buffers.get("running_mean")) if part is not None]
+    scale = torch.ones(count, dtype=torch.float64, device=given[0].device)
+    shift = torch.zeros_like(scale)
+    if norm.weight is not None:
+        scale = norm.offset + norm.weight.detach().double()
+    if norm.tracks:
+        var, deviation = (module._buffers.get(name) for name in ("running_var", "running_std"))
+        if var is not None:
+            deviation = (var.double() + norm.guard(torch.float32)).sqrt()
+        scale = scale if deviation is None else scale / deviation.double()
+        shift = -module.get_buffer("running_mean").double() * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.detach().double()
+
+
+def absorb_behind(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
+    """Let a Linear, Conv or ConvTranspose, in groups or not, compute scale * layer(x) + shift, with new parameters."""
+    kernel, bias = _kernel(layer), layer._parameters.get("bias")
+    if isinstance(
+        layer, _ConvTransposeNd
+    ):  # (in, out / groups, *): groups lie in the first axis, output channels in the second
+        apart = kernel.unflatten(0, (layer.groups, -1))
+        kernel = (apart * scale.view(layer.groups, 1, -1, *[1] * (kernel.dim() - 2))).flatten(0, 1)
+    else:
+        kernel = kernel * scale.view(-1, *[1] * (kernel.dim() - 1))
+    _set(layer, kernel, shift if bias is None else bias.detach().double() * scale + shift)
+
+
+def absorb_before(layer: nn.Module, scale: Tensor, shift: Tensor) -> str:
+    """Let a Linear or Conv compute layer(scale * x + shift), with new parameters; or give the reason why it can't."""
+    kernel, bias, moved = _kernel(layer), layer._parameters.get("bias"), bool(shift.any())
+    if isinstance(layer, _ConvTransposeNd):
+        return "a transposed convolution behind it can't take it in"
+    if isinstance(layer, _ConvNd) and moved and layer.padding_mode == "zeros" and _pads(layer):
+        return "the convolution behind it pads with zeros, which the norm's shift would not reach"
+    groups = layer.groups if isinstance(layer, _ConvNd) else 1
+    view = (groups, 1, -1, *[1] * (kernel.dim() - 2))
+    apart = kernel.unflatten(0, (groups, -1))
+    added = (apart * shift.view(view)).flatten(0, 1).flatten(1).sum(1)
+    old = None if bias is None else bias.detach().double()
+    _set(layer, (apart * scale.view(view)).flatten(0, 1), old if not moved else added if old is None else old + added)
+    return ""
+
+
+def _pads(layer: _ConvNd) -> bool:
+    padding = layer.padding
+    return any(size > 1 for size in layer.kernel_size) if padding == "same" else padding != "valid" and any(padding)
+
+
+def _kernel(layer: nn.Module) -> Tensor:
+    """The weight in float64, output units first but for a transposed convolution."""
+    kernel = layer.get_parameter("weight").detach().double()
+    return kernel.t() if is_gpt2_linear(layer) else kernel
+
+
+def _set(layer: nn.Module, kernel: Tensor, bias: Tensor | None) -> None:
+    old, before = layer.get_parameter("weight"), layer._parameters.get("bias")
+    weight = (kernel.t() if is_gpt2_linear(layer) else kernel).to(old.dtype).contiguous()
+    layer.register_parameter("weight", nn.Parameter(weight, requires_grad=old.requires_grad))
+    if bias is not None:
+        trained = old.requires_grad if before is None else before.requires_grad
+        layer.register_parameter("bias", nn.Parameter(bias.to(old.dtype), requires_grad=trained))
+
+
+def centred(tensor: Tensor, axis: int) -> Tensor:
+    """A tensor less its mean along an axis; a parameter where it was one."""
+    wide = tensor.detach().double()
+    value = (wide - wide.mean(axis, keepdim=True)).to(tensor.dtype)
+    return nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value

@@ -39,9 +39,7 @@ class Calibration:
     ) -> None:
         self._batches = list(batches)
         if not self._batches:
-            raise SurgeryError(
-                "convert: calibrate has no batches; a generator can be walked only once, give a fresh one"
-            )
+            raise SurgeryError("convert: calibrate has no batches; a generator is walked only once, give a fresh one")
         self._left = {name: reason for name, (_, new) in pairs.items() if (reason := _why_not(new))}
         self._new = {name: new for name, (_, new) in pairs.items() if name not in self._left}
         self._seen: _Sums = {}
@@ -64,9 +62,8 @@ class Calibration:
                 self._run(model, {name: self._new[name]}, now, 0 if rest else calls)
                 if name in now:  # a model may choose by what it reads
                     told[name] = self._fit_one(self._new[name], sums, now[name], rows[name])
-        whole = Change(
-            label(""), f"error {before:.2g}", f"error {(after := self._error(model)):.2g}", "of the output", after
-        )
+        after = self._error(model)
+        whole = Change(label(""), f"error {before:.2g}", f"error {after:.2g}", "of the output", after)
         return [*told.values(), whole]
 
     def _see(self, name: str, into: _Sums, enough: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NoReturn
 
 from torch import nn
 
-from normkit.core.errors import OptionError, SurgeryError
+from normkit.core.errors import SurgeryError, check_options
 
 Refusal = Literal["raise", "leave"]
 
@@ -54,8 +54,7 @@ class Refusals(list[PassedOver]):
 
     def __init__(self, who: str, on_refusal: Refusal) -> None:
         super().__init__()
-        if on_refusal not in ("raise", "leave"):
-            raise OptionError(f"{who}: on_refusal={on_refusal!r}; wanted 'raise' or 'leave'")
+        check_options(who, on_refusal=(on_refusal, Refusal))
         self._raises = on_refusal == "raise"
 
     def take(self, name: str, error: SurgeryError) -> None:
@@ -130,9 +129,8 @@ class Changes:
         columns = range(max(map(len, table)))
         parts = [line for line in table if len(line) == 4] + [line for line in table if len(line) == 2]
         widths = [max((len(line[k]) for line in parts if k < len(line) - 1), default=0) for k in columns]
-        return "\n".join(
-            "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=False)).rstrip() for line in table
-        )
+        lines = ([f"{cell:<{width}}" for cell, width in zip(line, widths, strict=False)] for line in table)
+        return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def label(name: str) -> str:

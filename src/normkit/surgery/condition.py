@@ -186,8 +186,7 @@ def condition(
         OptionError: both a mode and a preconditioner of one's own.
         SurgeryError: nothing is chosen, or a layer can't be conditioned; the model is left as it was.
 
-    Reference: Saratchandran, Wang, Lucey, "Weight Conditioning for Smooth Optimization of Neural Networks" (2024),
-    https://arxiv.org/abs/2409.03424.
+    Reference: Saratchandran, Wang, Lucey (2024), https://arxiv.org/abs/2409.03424.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> print(condition(model, where="re:^2$"))

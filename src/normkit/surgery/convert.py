@@ -28,13 +28,8 @@ from normkit.surgery.transaction import transaction
 from normkit.surgery.watch import tensors_in
 
 _TOKENS = (
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.RNNBase,
-    nn.RNNCellBase,
-    nn.Conv1d,
-    nn.ConvTranspose1d,
-    nn.TransformerDecoderLayer,
+    *(nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase),
+    *(nn.Conv1d, nn.ConvTranspose1d, nn.TransformerDecoderLayer),
 )
 _IMAGES = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _MIXES_TOKENS = re.compile("atten|attn|transformer|causal|mamba|recurrent", re.IGNORECASE)
@@ -45,9 +40,6 @@ def may_be_causal(model: nn.Module, example: Any = None) -> bool:
 
     With an example: unless that is images alone. Without: where the model embeds tokens, is recurrent or convolves along one
     axis, or has attention and takes no images. A model of linear layers on features has no positions.
-
-    >>> may_be_causal(nn.Sequential(nn.Linear(10, 8), nn.LayerNorm(8))), may_be_causal(nn.TransformerEncoderLayer(8, 2))
-    (False, True)
     """
     given = list(tensors_in(example))
     if given:
@@ -253,9 +245,8 @@ def _build(who: str, module: nn.Module, to: str) -> nn.Module:
         _carry(made, like.weight_ih, like.weight_hh, like.bias_ih, like.bias_hh)
         return made
     options = _options(like, like.weight_ih_l0, kind)
-    made = LayerNormRecurrent(
-        like.input_size, like.hidden_size, kind, like.num_layers, batch_first=like.batch_first, **options
-    )
+    options["batch_first"] = like.batch_first
+    made = LayerNormRecurrent(like.input_size, like.hidden_size, kind, like.num_layers, **options)
     for number, each in enumerate(made.cells):
         keys = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         _carry(each, *(getattr(module, f"{key}_l{number}", None) for key in keys))
@@ -274,9 +265,8 @@ def _carry(cell: Any, weight_ih: Any, weight_hh: Any, bias_ih: Any = None, bias_
     """Give a cell a layer's weights, the very parameters but for a GRU's, and its biases, where the formula has them."""
     cell.weight_ih, cell.weight_hh = weight_ih, weight_hh
     if isinstance(cell, LayerNormGRUCell):  # z opens to the new value here, to the old one in torch
-        cell.weight_ih, cell.weight_hh = (
-            nn.Parameter(_turned(cell, w), w.requires_grad) for w in (weight_ih, weight_hh)
-        )
+        both = (nn.Parameter(_turned(cell, w), w.requires_grad) for w in (weight_ih, weight_hh))
+        cell.weight_ih, cell.weight_hh = both
     if bias_ih is None:
         return
     if isinstance(cell, LayerNormLSTMCell):

@@ -16,7 +16,7 @@ from normkit.activations.hypersphere import LearnedScale
 from normkit.activations.recurrent_layer_norm import LayerNormGRUCell, LayerNormLSTMCell, LayerNormRNNCell
 from normkit.activations.scale_norm import FixNorm
 from normkit.catalogue.methods import METHODS
-from normkit.core.errors import OptionError
+from normkit.core.errors import OptionError, check_options
 from normkit.engine.layer import Layer
 from normkit.surgery.norms import FromOne, is_norm
 from normkit.weights.attachment import attach
@@ -48,15 +48,15 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer, with decays of their own for weights, norms, biases of other layers, and what is none of these.
 
-    A parameter is a norm's if its class is one of normkit's or torch's norms, or looks like one; a layer inside a norm is a layer
-    like others. Parameters that need no gradients are left out; a shared one is in the group of the first that holds it. With
-    ``gamma_target=1`` each norm's gain becomes 1 + d with d the parameter, in place: any optimizer's decay then pulls the gain
-    towards 1. Its key in the state_dict is then ``parametrizations.weight.original``; ``normkit.fold`` gives the plain one back.
-    Norms that keep their gain as a difference already are not known as such: use 0 for them.
+    A parameter is a norm's if its class is one of normkit's or torch's norms, or looks like one; a layer inside a norm is a
+    layer like others. Parameters that need no gradients are left out; a shared one is in the group of the first that holds it.
+    With ``gamma_target=1`` each norm's gain becomes 1 + d with d the parameter, in place: any optimizer's decay then pulls the
+    gain towards 1. Its key in the state_dict is then ``parametrizations.weight.original``; ``normkit.fold`` gives the plain one
+    back. Norms that keep their gain as a difference already are not known as such: use 0 for them.
 
-    None of these is, by dimension, a vector or a number such as a LayerScale or the D of Mamba; by mark, a parameter with a true
-    attribute ``_no_weight_decay``, or one that ``no_weight_decay()`` of the module that holds it, or of one around that, names;
-    by role, a class, mask or register token or an embedding of positions, known by its name.
+    None of these is, by dimension, a vector or a number such as a LayerScale or the D of Mamba; by mark, a parameter with a
+    true attribute ``_no_weight_decay``, or one that ``no_weight_decay()`` of the module that holds it, or of one around that,
+    names; by role, a class, mask or register token or an embedding of positions, known by its name.
 
     Args:
         model: any module.
@@ -66,30 +66,24 @@ def param_groups(
         other_decay: of what is none of these. Default: 0.
         gamma_target: what the gain decays to: 0, as optimizers do, or 1. Default: 0.
 
-    Returns a dict each for ``"weights"``, ``"norms"``, ``"biases"`` and ``"others"``, by ``"name"``, where there are
-    any; with the names of its parameters as ``"param_names"``, as optimizers of named parameters have them: the table
-    of what went where.
+    Returns a dict each for ``"weights"``, ``"norms"``, ``"biases"`` and ``"others"``, by ``"name"``, where there are any; with
+    the names of its parameters as ``"param_names"``, as optimizers of named parameters have them: the table of what went where.
 
     Raises:
         OptionError: a negative decay, or another target.
 
-    Reference: Summers and Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization" (2020),
-    https://arxiv.org/abs/1906.03548, section 3.3.
+    Reference: Summers and Dinneen (2020), https://arxiv.org/abs/1906.03548, section 3.3.
 
     >>> groups = param_groups(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), 1e-4, norm_decay=1e-5)
     >>> [(group["name"], group["weight_decay"], len(group["params"])) for group in groups]
     [('weights', 0.0001, 1), ('norms', 1e-05, 2), ('biases', 0.0, 1)]
     """
-    given = {
-        "weight_decay": weight_decay,
-        "norm_decay": norm_decay,
-        "bias_decay": bias_decay,
-        "other_decay": other_decay,
-    }
+    given = {"weight_decay": weight_decay, "norm_decay": norm_decay}
+    given |= {"bias_decay": bias_decay, "other_decay": other_decay}
     for name, value in given.items():
         if not value >= 0:
             raise OptionError(f"param_groups: {name}={value}; wanted a number from 0")
-    _check_target("param_groups", gamma_target)
+    check_options("param_groups", gamma_target=(gamma_target, Target))
     if gamma_target == 1:
         for module, name, _ in list(_gains(model)):
             if not parametrize.is_parametrized(module, name):
@@ -120,10 +114,7 @@ def norm_penalty(model: nn.Module, decay: float, gamma_target: Target = 1) -> Te
 
     decay / 2 * (|bias|^2 + |gain - gamma_target|^2)
 
-    Args:
-        model: any module.
-        decay: its strength.
-        gamma_target: what the gain is pulled to: 1 or 0. Default: 1.
+    0 for a model without norms; OptionError for a ``gamma_target`` other than 1, the default, and 0.
 
     Returns one number; 0 for a model without norms.
 
@@ -137,7 +128,7 @@ def norm_penalty(model: nn.Module, decay: float, gamma_target: Target = 1) -> Te
     >>> norm_penalty(norm, 0.1)  # 0.05 * (4 + 4)
     tensor(0.4000, grad_fn=<MulBackward0>)
     """
-    _check_target("norm_penalty", gamma_target)
+    check_options("norm_penalty", gamma_target=(gamma_target, Target))
     terms = [(gain - gamma_target).square().sum() for _, _, gain in _gains(model)]
     for module in _norms(model):
         own = module.named_parameters(recurse=False) if not isinstance(module, (GDN, *_LINEAR)) else ()
@@ -179,8 +170,3 @@ def _is_gain(module: nn.Module, name: str) -> bool:
 
 def _is_bias(name: str) -> bool:
     return name in _BIAS_NAMES or name.startswith("bias_") or name.endswith("_bias")
-
-
-def _check_target(who: str, target: int) -> None:
-    if target not in (0, 1):
-        raise OptionError(f"{who}: gamma_target={target!r}; wanted 0 or 1")

@@ -31,8 +31,7 @@ def weigh_examples(model: nn.Module, alpha: float = 0.0, count: int | None = Non
             steps or over sub-batches; no layer was changed.
         OptionError: alpha or the count is outside its range.
 
-    Reference: Summers and Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization" (2020),
-    https://arxiv.org/abs/1906.03548, section 3.1.
+    Reference: Summers and Dinneen (2020), https://arxiv.org/abs/1906.03548, section 3.1.
 
     >>> print(*weigh_examples(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), alpha=0.05))
     1: BatchNorm2d(8) -> BatchGroupNorm(8, alpha=0.05)
@@ -71,10 +70,12 @@ def choose_alpha(
 
     It sets an option and changes no layer, so there is nothing to undo: ``weigh_examples`` gives the way back from the layers.
 
-    Args:
-        model: left in evaluation mode, or as it was if ``score`` raises.
-        score: gives a model's score; more is better.
-        alphas: to try, in order; of equal scores the first wins.
+    ``score`` gives a model's score; of equal ones the first of ``alphas`` wins. The model is left in evaluation mode, or as it
+    was if ``score`` raises. Gives the score of each alpha.
+
+    Raises:
+        SurgeryError: the model has no BatchGroupNorm.
+        OptionError: an alpha that is not from 0 to 1.
 
     Returns the score of each alpha.
 
@@ -111,17 +112,10 @@ def choose_alpha(
 
 def _weighing(norm: nn.modules.batchnorm._BatchNorm, alpha: float, count: int | None) -> BatchGroupNorm:
     assert norm.running_mean is not None
-    made = BatchGroupNorm(
-        norm.num_features,
-        eps=norm.eps,
-        momentum=0.01 if norm.momentum is None else norm.momentum,
-        affine=norm.affine,
-        alpha=alpha,
-        bias=norm.bias is not None,
-        layout=getattr(norm, "layout", "n c *"),
-        device=norm.running_mean.device,
-        dtype=norm.running_mean.dtype,
-    )
+    factory = {"device": norm.running_mean.device, "dtype": norm.running_mean.dtype}
+    kept = {"eps": norm.eps, "affine": norm.affine, "alpha": alpha, "layout": getattr(norm, "layout", "n c *")}
+    momentum = 0.01 if norm.momentum is None else norm.momentum
+    made = BatchGroupNorm(norm.num_features, momentum=momentum, bias=norm.bias is not None, **kept, **factory)
     made.load_state_dict(norm.state_dict())
     made.weight, made.bias = norm.weight, norm.bias
     if count is not None:

@@ -14,8 +14,7 @@ from normkit.activations.layer_norm import LayerNorm
 from normkit.activations.rms_norm import RMSNorm
 from normkit.catalogue.methods import METHODS
 from normkit.core.errors import OptionError, SurgeryError
-from normkit.surgery.absorb import absorb_before, absorb_behind, centred, scale_and_shift
-from normkit.surgery.bake import bake
+from normkit.surgery.bake import absorb_before, absorb_behind, bake, centred, scale_and_shift
 from normkit.surgery.changes import Change, Changes, Refusals, label
 from normkit.surgery.condition import tied_parameters
 from normkit.surgery.norms import Norm, describe, is_norm, norms_in, read_norm
@@ -47,9 +46,8 @@ def fold(model: nn.Module, example: Any = None, *, centring: bool = False, toler
     * a convolution of a class of its own that computes with another weight than it holds, as weight-standardizing ones do,
       becomes torch's with that weight;
     * each batch normalization, torch's, frozen, with an activation behind it or of its family here, goes into the Conv,
-      ConvTranspose or Linear before it, W' = (weight / s) W, b' = bias + (b - mean) weight / s, s = sqrt(var + eps) (the running
-      deviation or 1 where that is what the norm keeps), or into the Conv or Linear layers behind it, if those don't
-      pad with zeros; its activation, or an Identity, is left in its place;
+      ConvTranspose or Linear before it, W' = (weight / s) W, b' = bias + (b - mean) weight / s, s = sqrt(var + eps) (or what the
+      norm keeps), or into those behind it, if they don't pad with zeros; its activation, or an Identity, is left in its place;
     * gain and bias of a layer, RMS, group or instance normalization go into the Linear or Conv layers behind it, and one
       without parameters is left: torch's, or one from here over channels on axis 1, which torch lacks;
     * with ``centring``, a layer normalization over the last axis becomes an RMS normalization (torch's, or one from here where a
@@ -94,7 +92,7 @@ def fold(model: nn.Module, example: Any = None, *, centring: bool = False, toler
         for name, module in model.named_modules():
             if module.training:
                 raise SurgeryError(
-                    f"fold: {label(name)} is in training mode, where a norm has no fixed factors; call model.eval() first"
+                    f"fold: {label(name)} is in training mode, without fixed factors; call model.eval() first"
                 )
         trial, refusals = _Trial(model, example, tolerance), Refusals("fold", "leave")
         rows = bake(model)
@@ -115,7 +113,7 @@ class _Trial:
         varies, allowed = _difference(self._first, _outputs(model, example))
         if varies > allowed or not all(bool(torch.isfinite(part).all()) for part in self._first):
             raise SurgeryError(
-                "fold: the model does not give the same finite output twice on the example, so that no fold can be proved"
+                "fold: the model does not give the same finite output twice on the example, so no fold is proved"
             )
 
     def error(self) -> tuple[float, float]:

@@ -1,13 +1,13 @@
 """How flax and keras name and lay out what they keep, and the constants with which frameworks make norms."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from normkit.core.errors import OptionError, SurgeryError
+from normkit.core.errors import OptionError, SurgeryError, check_options
 from normkit.core.support import show
 from normkit.surgery.changes import Change, Changes, label
 from normkit.surgery.norms import describe, is_norm, norms_in, read_norm
@@ -18,23 +18,9 @@ Framework = Literal["torch", "timm", "flax", "keras"]
 
 # Their names for torch's; where several become one, the first is what is written.
 _LEAVES: dict[str, dict[str, str]] = {
-    "flax": {
-        "kernel": "weight",
-        "scale": "weight",
-        "embedding": "weight",
-        "mean": "running_mean",
-        "var": "running_var",
-    },
-    "keras": {
-        "kernel": "weight",
-        "depthwise_kernel": "weight",
-        "gamma": "weight",
-        "scale": "weight",
-        "embeddings": "weight",
-        "beta": "bias",
-        "moving_mean": "running_mean",
-        "moving_variance": "running_var",
-    },
+    "flax": dict.fromkeys(("kernel", "scale", "embedding"), "weight") | {"mean": "running_mean", "var": "running_var"},
+    "keras": dict.fromkeys(("kernel", "depthwise_kernel", "gamma", "scale", "embeddings"), "weight")
+    | {"beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"},
 }
 _PACKED = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 _COLLECTIONS = ("params", "batch_stats")
@@ -57,12 +43,6 @@ CONSTANTS: dict[Framework, Constants] = {
     "flax": Constants(1e-5, 1e-6, 1e-6, 1e-6, 0.01),
     "keras": Constants(1e-3, 1e-6, 1e-3, 1e-3, 0.01),
 }
-
-
-def check_framework(who: str, framework: str, known: tuple[str, ...]) -> None:
-    """Refuse a word that is none of those known."""
-    if framework not in known:
-        raise OptionError(f"{who}: {framework!r} is not known; wanted one of {', '.join(map(repr, known))}")
 
 
 def adopt(
@@ -103,7 +83,7 @@ def adopt(
     0      BatchNorm2d(8)  BatchNorm2d(8)  eps 1e-05 -> 0.001
     1      LayerNorm(8)    LayerNorm(8)    eps 1e-05 -> 0.001
     """
-    check_framework("adopt", framework, get_args(Framework))
+    check_options("adopt", framework=(framework, Framework))
     if (momentum is not None and not 0 <= momentum <= 1) or (eps is not None and not eps >= 0):
         raise OptionError(f"adopt: momentum={momentum}, eps={eps}; wanted a momentum from 0 to 1 and an eps from 0")
     rows, usual = [], CONSTANTS[framework]
@@ -111,9 +91,8 @@ def adopt(
         for name, module in choose(norms_in(model), where, "norms").items():
             kind = read_norm(name, module).kind
             family = "batch" if "batch" in kind else kind.partition("_")[0]
-            wanted: dict[str, float | None] = dict.fromkeys(
-                _EPS, eps if eps is not None else getattr(usual, family, usual.other)
-            )
+            own = eps if eps is not None else getattr(usual, family, usual.other)
+            wanted: dict[str, float | None] = dict.fromkeys(_EPS, own)
             given = momentum if momentum is None or framework in ("torch", "timm") else 1 - momentum
             wanted["momentum"] = usual.momentum if given is None else round(given, 12)  # 1 - 0.99 is not quite 0.01
             notes = []
@@ -198,9 +177,7 @@ def _to_leaf(layer: nn.Module, name: str, value: Tensor, framework: str, key: st
     if isinstance(layer, nn.Embedding):
         return "embedding" if flax else "embeddings", value
     if isinstance(layer, _ConvTransposeNd) and name == "weight":
-        raise SurgeryError(
-            f"translate: {key} is of a transposed convolution, whose kernels {framework} lays out in two ways"
-        )
+        raise SurgeryError(f"translate: {key} is of a transposed convolution, which {framework} lays out in two ways")
     if isinstance(layer, _PACKED):
         raise SurgeryError(
             f"translate: {key} is of {type(layer).__name__}, whose kernels {framework} packs in another order"

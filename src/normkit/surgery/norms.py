@@ -31,13 +31,7 @@ class FrozenBatchNorm(nn.Module):
     y = weight * (x - running_mean) / sqrt(running_var + eps) + bias. All four are buffers, with the keys of the detectors'
     FrozenBatchNorm2d; the count of a BatchNorm's checkpoint is dropped on loading.
 
-    Args:
-        num_features: channels C.
-        eps: added to the variance. Default: 1e-5.
-        layout: ``"n c *"`` or ``"n * c"``. Default: "n c *".
-        activation: what follows: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
-        device: of the buffers.
-        dtype: of the buffers.
+    Arguments and shapes are those of BatchNorm, as far as it has them.
 
     Shape: (N, C, *), or (N, *, C) by ``layout``, to the same.
 
@@ -153,7 +147,7 @@ def read_norm(name: str, module: nn.Module, seen: Sequence[int] | None = None) -
         raise SurgeryError(f"{who}: its weight is parametrized; bake the parametrization in with fold(model) first")
     if "forward" in vars(module):
         raise SurgeryError(
-            f"{who}: its forward was replaced on the object, which a new layer would lose; undo that first"
+            f"{who}: its forward was replaced on the object, and a new layer would lose it; undo that first"
         )
     hooks = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
     if any(getattr(module, hook, None) for hook in hooks) and not _counts_from_one(module):
@@ -229,30 +223,20 @@ def _by_behaviour(module: nn.Module, who: str, card: Card | None) -> Norm:
     found = probe(module)
     if isinstance(found, str):
         raise SurgeryError(
-            f"{who}: what it computes is not known: {found}; convert it by hand, or choose others with where="
+            f"{who}: what it computes is not known: {found}; convert by hand, or choose others with where="
         )
     if found.kind == "torch" and card is not None:
         return replace(_known(card, module), activation=found.activation)
     tensors = {**module._buffers, **module._parameters}
     weight, bias = (_parameter(tensors.get(key)) for key in (found.weight, found.bias))
-    frozen = found.kind == "batch_norm"
-    return Norm(
-        "frozen_batch_norm" if frozen else found.kind,
-        "trailing" if len(found.shape) > 1 else "n c *" if found.over or frozen else "n * c",
-        found.shape,
-        found.eps,
-        weight,
-        bias,
-        bias is not None,
-        option="d" if len(found.shape) > 1 else found.over,
-        tracks=frozen,
-        running={key: tensors.get(key) for key in ("running_mean", "running_var")} if frozen else {},
-        affine=weight is not None,
-        alone=found.over != "c *" and not frozen,
-        offset=float(found.offset),
-        cast=found.cast,
-        activation=found.activation,
-    )
+    frozen, several = found.kind == "batch_norm", len(found.shape) > 1
+    running = {key: tensors.get(key) for key in ("running_mean", "running_var")} if frozen else {}
+    kind, alone = "frozen_batch_norm" if frozen else found.kind, found.over != "c *" and not frozen
+    axes: Axes = "trailing" if several else "n c *" if found.over or frozen else "n * c"
+    seen = {"offset": float(found.offset), "cast": found.cast, "activation": found.activation}
+    kept = {"option": "d" if several else found.over, "tracks": frozen, "running": running, "alone": alone}
+    own = {"affine": weight is not None, "has_bias": bias is not None}
+    return Norm(kind, axes, found.shape, found.eps, weight, bias, **kept, **own, **seen)
 
 
 def _frozen(module: FrozenBatchNorm) -> Norm:
@@ -260,17 +244,8 @@ def _frozen(module: FrozenBatchNorm) -> Norm:
     axes: Axes = "n c *" if module.layout == "n c *" else "n * c"
     running = {key: own[key] for key in ("running_mean", "running_var")}
     weight, bias = _parameter(own["weight"]), _parameter(own["bias"])
-    return Norm(
-        "frozen_batch_norm",
-        axes,
-        (module.num_features,),
-        module.eps,
-        weight,
-        bias,
-        tracks=True,
-        running=running,
-        activation=module.activation,
-    )
+    kept = {"tracks": True, "running": running, "activation": module.activation}
+    return Norm("frozen_batch_norm", axes, (module.num_features,), module.eps, weight, bias, **kept)
 
 
 def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
@@ -294,11 +269,7 @@ def _expanded(scalar: Tensor, shape: tuple[int, ...]) -> nn.Parameter:
 
 
 def describe(module: nn.Module) -> str:
-    """A norm on one line: its class and its sizes.
-
-    >>> describe(nn.GroupNorm(2, 8)), describe(nn.LayerNorm(8, eps=1e-6)), describe(nn.Identity())
-    ('GroupNorm(2, 8)', 'LayerNorm(8)', 'Identity()')
-    """
+    """A norm on one line: its class and its sizes, such as ``GroupNorm(2, 8)``."""
     own, shape, card = getattr(module, "weight", None), _shape(module), card_of(module)
     if not shape and isinstance(own, Tensor) and own.dim() == 1:
         shape = tuple(own.shape)

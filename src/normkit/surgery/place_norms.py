@@ -120,9 +120,8 @@ class NormalizedAttention(nn.Module):
         if key_padding_mask is not None:
             padding = _added(key_padding_mask, x.dtype)[..., None, None, :]
             mask = padding if mask is None else mask + padding
-        mixed = F.scaled_dot_product_attention(
-            self.q_norm(q), self.k_norm(k), self.v_norm(v), mask, self.dropout if self.training else 0.0
-        )
+        q, k, v, dropout = self.q_norm(q), self.k_norm(k), self.v_norm(v), self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         y = self.out_proj(mixed.transpose(-2, -3).flatten(-2))
         return y if self.batch_first or query.dim() == 2 else y.transpose(0, 1), None
 
@@ -144,9 +143,7 @@ def another(norm: nn.Module, features: int | None = None) -> nn.Module:
             made.normalized_shape = (features,)
     reset = getattr(made, "reset_parameters", None)
     if reset is None:
-        raise SurgeryError(
-            f"{type(norm).__name__} has no reset_parameters, so that no other one of its kind can be made"
-        )
+        raise SurgeryError(f"{type(norm).__name__} has no reset_parameters, so no other one of its kind can be made")
     reset()
     return made
 
@@ -155,9 +152,9 @@ def place_norms(model: nn.Module, scheme: Scheme, *, optimizer: torch.optim.Opti
     """Place the norms of ``torch.nn.TransformerEncoder`` and ``TransformerDecoder`` elsewhere, in place, before training.
 
     Layers keep their children and these their names, so that a checkpoint of the one placement loads into another as far as it
-    has the same norms. Where the last layer of a stack does not end with a norm, the stack gets a final one if it has none.
-    ``"deep"`` also divides initial weights as DeepNorm asks, with the constants for an encoder with a decoder where the model has
-    both. ``"hybrid"`` is for stacks of self-attention: encoders.
+    has the same norms. A stack whose last layer does not end with a norm gets a final one if it has none. ``"deep"`` also divides
+    initial weights as DeepNorm asks, with the constants for an encoder with a decoder where the model has both. ``"hybrid"`` is
+    for encoders.
 
     Args:
         model: any module with such stacks.
@@ -236,10 +233,9 @@ def _places(scheme: Scheme, layer: int, stack: _Stack, stacks: Sequence[_Stack])
     if scheme == "deep" and all(depths):
         n, m = depths
         root = (n**4 * m) ** (1 / 16)
-        encoder, decoder = Place("post", 0.81 * root, start=0.87 / root), (3 * m) ** 0.25
-        attention = feed_forward = (
-            encoder if isinstance(stack, nn.TransformerEncoder) else Place("post", decoder, start=(12 * m) ** -0.25)
-        )
+        encoder = Place("post", 0.81 * root, start=0.87 / root)
+        decoder = Place("post", (3 * m) ** 0.25, start=(12 * m) ** -0.25)
+        attention = feed_forward = encoder if isinstance(stack, nn.TransformerEncoder) else decoder
     return [attention] * (1 if isinstance(stack, nn.TransformerEncoder) else 2) + [feed_forward]
 
 

@@ -94,9 +94,8 @@ def _frozen(module: nn.Module, own: dict[str, Tensor]) -> Found | None:
     given = {name: _like(name, p) for name, p in own.items()}
     weight, bias = (given.get(name) for name in ("weight", "bias"))
     x = _random(torch.Generator().manual_seed(1), 2, mean.numel(), 3, 4)
-    seen = [
-        _run(_stand_in(module, {k: v.clone() for k, v in given.items()}, training), x) for training in (False, True)
-    ]
+    doubles = (_stand_in(module, {k: v.clone() for k, v in given.items()}, mode) for mode in (False, True))
+    seen = [_run(double, x) for double in doubles]
     for eps, (act, f) in itertools.product(_every_eps(module), _activations(module)):
         view = (1, -1, 1, 1)
         z = (x - given["running_mean"].view(view)) * torch.rsqrt(given["running_var"].view(view) + eps)
@@ -142,14 +141,12 @@ def probe_gated(module: nn.Module) -> GatedRMSNorm | None:
 def _by_formula(module: nn.Module, own: dict[str, Tensor], everything: dict[str, Tensor]) -> Found | str:
     bias = next((name for name in own if name in _BIAS_NAMES), "") if len(own) == 2 else ""
     weight = next((name for name in own if name != bias), "")
-    shapes = {tuple(parameter.shape) for parameter in own.values()} or {_declared(module)}
-    other = (
-        len(own) > 1 + bool(bias) or len(shapes) > 1 or any(len(shape) > 2 or (own and not shape) for shape in shapes)
-    )
+    said = getattr(module, "normalized_shape", ())  # by a module without parameters, if it says so
+    shapes = {tuple(p.shape) for p in own.values()} or {(said,) if isinstance(said, int) else tuple(said)}
+    other = len(own) > 1 + bool(bias) or len(shapes) > 1
+    other = other or any(len(shape) > 2 or (own and not shape) for shape in shapes)
     if other or (not own and everything):
-        return (
-            f"its parameters ({', '.join(own) or 'none'}) are not one weight and at most one bias, of one axis or two"
-        )
+        return f"its parameters ({', '.join(own) or 'none'}) are not a weight and at most one bias, of one axis or two"
     (shape,) = shapes
     generator = torch.Generator().manual_seed(0)
     given = {name: _random(generator, *p.shape) for name, p in own.items()}
@@ -221,22 +218,11 @@ def _every_eps(module: nn.Module) -> list[float]:
     return list(dict.fromkeys([*own, *_USUAL_EPS]))
 
 
-def _declared(module: nn.Module) -> tuple[int, ...]:
-    """How many features a module without parameters says that it has; empty if it does not say."""
-    size = getattr(module, "normalized_shape", ())
-    return (size,) if isinstance(size, int) else tuple(size)
-
-
 def _inputs(channels: int) -> list[tuple[tuple[int, ...], int]]:
     """Shapes to try, each with its channel axis; positions are never as many as channels."""
     a, b = (3 if channels != 3 else 5), (4 if channels != 4 else 6)
-    return [
-        ((2, a, channels), -1),
-        ((2, a, b, channels), -1),
-        ((2, channels, a, b), 1),
-        ((2, channels, a), 1),
-        ((2, channels, a, b, 2), 1),
-    ]
+    first = (2, channels, a, b), (2, channels, a), (2, channels, a, b, 2)
+    return [((2, a, channels), -1), ((2, a, b, channels), -1), *((shape, 1) for shape in first)]
 
 
 def _random(generator: torch.Generator, *shape: int) -> Tensor:
@@ -253,20 +239,14 @@ def _like(name: str, tensor: Tensor) -> Tensor:
 
 def _stand_in(module: nn.Module, given: dict[str, Tensor], training: bool) -> nn.Module:
     double = object.__new__(type(module))
-    vars(double).update(vars(module))
-    vars(double).update(
-        {name: OrderedDict() for name in vars(module) if name.endswith("_hooks")},
-        training=training,
-        _compiled_call_impl=None,
-        _parameters={
-            name: None if old is None else nn.Parameter(given[name], requires_grad=False)
-            for name, old in module._parameters.items()
-        },
-        _buffers={name: given.get(name) for name in module._buffers},
-        _modules={
-            name: None if child is None else _stand_in(child, {}, False) for name, child in module._modules.items()
-        },
-    )
+    own = vars(double)
+    own |= {**vars(module), "training": training, "_compiled_call_impl": None}
+    own |= {name: OrderedDict() for name in vars(module) if name.endswith("_hooks")}
+    held = {name: None if old is None else given[name] for name, old in module._parameters.items()}
+    own["_parameters"] = {k: None if v is None else nn.Parameter(v, requires_grad=False) for k, v in held.items()}
+    own["_buffers"] = {name: given.get(name) for name in module._buffers}
+    children = module._modules.items()
+    own["_modules"] = {name: None if child is None else _stand_in(child, {}, False) for name, child in children}
     return double
 
 

@@ -16,7 +16,7 @@ from normkit.activations.batch_renorm import BatchRenorm, RenormSchedule
 from normkit.activations.conditional_norm import ConditionalNorm, SpatiallyAdaptiveNorm
 from normkit.activations.recurrent_batch_norm import RecurrentBatchNorm, padding_mask
 from normkit.activations.switchable_norm import ExemplarNorm, SwitchableNorm
-from normkit.core.errors import OptionError, SurgeryError
+from normkit.core.errors import OptionError, SurgeryError, check_options
 from normkit.core.moments import Moments, moments
 from normkit.surgery.changes import Change, Changes, PassedOver, label
 from normkit.surgery.norms import describe
@@ -27,15 +27,8 @@ from normkit.surgery.watch import modes_kept
 Estimator = Literal["population", "mean"]
 # Each keeps one mean per channel, over the batch and all positions.
 _KINDS = (
-    nn.modules.batchnorm._BatchNorm,
-    BatchRenorm,
-    BatchGroupNorm,
-    MeanOnlyBatchNorm,
-    ConditionalNorm,
-    SpatiallyAdaptiveNorm,
-    SwitchableNorm,
-    ExemplarNorm,
-    RecurrentBatchNorm,
+    *(nn.modules.batchnorm._BatchNorm, BatchRenorm, BatchGroupNorm, MeanOnlyBatchNorm, RecurrentBatchNorm),
+    *(ConditionalNorm, SpatiallyAdaptiveNorm, SwitchableNorm, ExemplarNorm),
 )
 
 _KEPT = ("running_mean", "running_var", "running_std")
@@ -58,9 +51,9 @@ def recalibrate(
         population    mean and variance over all elements of all batches together, however large each batch is
         mean          the plain averages over batches of their means and unbiased variances
 
-    The population's is exact where the layer's input does not depend on other batch normalizations, whatever the order and the
-    sizes of the batches; a layer that is called several times, or stands in several places, sees all its inputs. The model is
-    left in the mode it had, and as it was if a batch fails.
+    The population's is exact where the layer's input does not depend on other batch normalizations; a layer that is called
+    several times, or stands in several places, sees all its inputs. The model is left in the mode it had, and as it was if a
+    batch fails.
 
     Args:
         model: with batch normalizations that keep running statistics: torch's, and every member of their family here, also those
@@ -86,11 +79,11 @@ def recalibrate(
     >>> model[0].running_mean, model[0].running_var
     (tensor([0.0200]), tensor([0.0196]))
     """
-    if estimator not in ("population", "mean"):
-        raise OptionError(f"recalibrate: estimator={estimator!r}; wanted 'population' or 'mean'")
+    check_options("recalibrate", estimator=(estimator, Estimator))
     if limit is not None and limit < 1:
         raise OptionError(f"recalibrate: limit={limit}; wanted batches to take, from 1, or None for all")
-    kept = {name: module for name, module in model.named_modules() if _keeps_statistics(module)}
+    every = model.named_modules()
+    kept = {name: module for name, module in every if isinstance(module._buffers.get("running_mean"), Tensor)}
     left = {name: reason for name, module in kept.items() if (reason := _refusal(module))}
     norms = {name: module for name, module in kept.items() if name not in left}
     if not norms:
@@ -115,9 +108,8 @@ def recalibrate(
     missing = [label(name) for name in norms if sums[name].found is None]
     if missing:
         raise SurgeryError(f"no element reached {', '.join(missing)}; no layer was changed")
-    written = [
-        norm.get_buffer(key) for norm in norms.values() for key in _KEPT if isinstance(norm._buffers.get(key), Tensor)
-    ]
+    kept_by = (norm._buffers.get(key) for norm in norms.values() for key in _KEPT)
+    written = [buffer for buffer in kept_by if isinstance(buffer, Tensor)]
     with transaction(model, written=written) as opened:
         rows = [_write(label(name), norm, sums[name]) for name, norm in norms.items()]
         return opened.close(model, rows, [PassedOver(label(name), reason) for name, reason in left.items()])
@@ -177,10 +169,6 @@ class _Inputs:
         total = torch.as_tensor(old.n + new.n)
         share = new.n / total.clamp_min(1)
         return Moments(old.mean + share * (new.mean - old.mean), old.var + share * (new.var - old.var), total)
-
-
-def _keeps_statistics(module: nn.Module) -> bool:
-    return isinstance(module._buffers.get("running_mean"), Tensor)
 
 
 def _refusal(module: nn.Module) -> str:
@@ -262,21 +250,15 @@ def freeze(model: nn.Module, where: Where = "all", *, statistics: bool = True, a
         OptionError: neither is to stay.
         SurgeryError: no layer keeps running statistics, or none is chosen.
 
-    >>> import torch
     >>> model = nn.Sequential(nn.BatchNorm1d(2))
     >>> print(freeze(model))
     layer  before          after           note
     0      BatchNorm1d(2)  BatchNorm1d(2)  statistics, weight and bias stay
-    >>> _ = model.train()(torch.randn(8, 2))
-    >>> model[0].running_mean, model[0].num_batches_tracked
-    (tensor([0., 0.]), tensor(0))
     """
     if not statistics and not affine:
         raise OptionError("freeze: statistics=False and affine=False leave nothing to freeze; choose one at least")
     chosen = _normalizations(model, where)
-    said = {(True, True): "statistics, weight and bias", (True, False): "statistics"}.get(
-        (statistics, affine), "weight and bias"
-    )
+    said = ", ".join(["statistics"] * statistics + ["weight and bias"] * affine)
     rows = []
     with transaction(model) as opened:
         for name, norm in chosen.items():
@@ -292,13 +274,7 @@ def freeze(model: nn.Module, where: Where = "all", *, statistics: bool = True, a
 def unfreeze(model: nn.Module, where: Where = "all") -> Changes:
     """Let normalizations go on that ``freeze`` holds, in place: weight and bias are trained, and the mode is the model's.
 
-    Args:
-        model: any module.
-        where: which of them, as for ``freeze``. Default: "all".
-
-    Raises:
-        NotationError: ``where`` can't be read.
-        SurgeryError: no layer keeps running statistics, or none is chosen.
+    ``where`` and errors are those of ``freeze``.
 
     >>> model = nn.Sequential(nn.BatchNorm1d(2))
     >>> print(*unfreeze(freeze(model).model), model[0].training)

@@ -95,16 +95,7 @@ class Recipe:
 
     @classmethod
     def parse(cls, text: str) -> Recipe:
-        """Read a recipe.
-
-        Args:
-            text: in the notation above.
-
-        Returns the recipe; ``str`` of it is the one way to write it.
-
-        Raises:
-            NotationError: a word is not known, out of order or said twice; the message lists what exists.
-        """
+        """Read a recipe, of which ``str`` is the one way to write it; NotationError for what can't be read lists what exists."""
         if not isinstance(text, str):
             raise NotationError(f"recipe {text!r} is no text; wanted a norm and weight methods, e.g. 'bn+e'")
         first, *rest = _terms(text)
@@ -139,13 +130,7 @@ def apply_recipe(
 ) -> Changes:
     """Give a model the normalizations of a recipe, in place: its activation norms are converted, then weights parametrized.
 
-    Args:
-        model: any module.
-        recipe: e.g. ``"bn+e@first_last"``; see Recipe.
-        example: an input (a tensor, a tuple of arguments, or a dict of them) on which the model is run before and after, without
-            effect on it; see ``convert``. Default: None.
-        on_refusal: of what can't be converted or parametrized: ``"raise"``, or ``"leave"`` it as it is. Default: ``"raise"``.
-        optimizer: of the model's parameters; it follows, as in ``convert``. Default: None; make it afterwards then.
+    ``recipe`` is e.g. ``"bn+e@first_last"``, see Recipe; ``example``, ``on_refusal`` and ``optimizer`` are those of ``convert``.
 
     Raises:
         NotationError: the recipe can't be read.
@@ -268,14 +253,8 @@ def _attachment(weight: Weight) -> Attach:
     def lengths(layer: nn.Module, name: str) -> object:
         return weight_norm(layer, name, weight_layout(layer, name).output_axis)
 
-    known: dict[str, Attach] = {
-        "ws": weight_standardization,
-        "wn": lengths,
-        "sn": spectral_norm,
-        "e": conditioned,
-        "sc": spectral_conditioning,
-        "preconditioning": preconditioned,
-    }
+    known: dict[str, Attach] = {"ws": weight_standardization, "wn": lengths, "sn": spectral_norm, "e": conditioned}
+    known |= {"sc": spectral_conditioning, "preconditioning": preconditioned}
     return known.get(weight.word, by_card)
 
 
@@ -286,13 +265,7 @@ class _Undo(Exception):
 def why_not(model: nn.Module, recipe: str | Recipe, example: Any = None) -> str:
     """Why a model can't have a recipe; empty where ``apply_recipe`` would do it.
 
-    Args:
-        model: any module; it is left as it is.
-        recipe: as for ``apply_recipe``.
-        example: likewise. Default: None.
-
-    Raises:
-        NotationError: the recipe can't be read.
+    Arguments are those of ``apply_recipe``, as is NotationError; the model is left as it is.
 
     >>> why_not(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)), "bn+ws")
     "bn+ws: ws: 'convolutions' chooses nothing; layers with a weight that exist: 0"
@@ -310,21 +283,17 @@ def why_not(model: nn.Module, recipe: str | Recipe, example: Any = None) -> str:
 def applicable_words(model: nn.Module, example: Any = None) -> dict[str, str]:
     """Every word of recipes, and why a model can't have it.
 
-    Args:
-        model: any module; it is left as it is.
-        example: an input of it, as for ``apply_recipe``. Default: None.
+    ``example`` is that of ``apply_recipe``; the model is left as it is.
 
-    Returns the reason by recipe, "" where the model can have it: the words of norms, each in the place of all the
-    model's norms (of those with groups also ``gn:gcd32``), and the words of weight methods as ``keep+ws``, each on its
-    usual layers.
+    Returns the reason by recipe, "" where the model can have it: the words of norms, each in the place of all the model's norms
+    (of those with groups also ``gn:gcd32``), and the words of weight methods as ``keep+ws``, each on its usual layers.
 
     >>> found = applicable_words(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)))
     >>> [word for word in ("bn", "rms", "dyt", "lrn", "keep+wn", "keep+ws") if not found[word]]
     ['bn', 'rms', 'dyt', 'keep+wn']
     """
     cards = dict.fromkeys(norm_cards().values())
-    grouped = [
-        f"{card.word}:gcd{card.option.default}" for card in cards if card.option and "GROUPS" in card.option.name
-    ]
+    options = ((card.word, card.option) for card in cards)
+    grouped = [f"{word}:gcd{option.default}" for word, option in options if option and "GROUPS" in option.name]
     recipes = ["keep", *norm_words(), *grouped, *(f"keep+{word}" for word in weight_words())]
     return {recipe: why_not(model, recipe, example) for recipe in recipes}

@@ -15,15 +15,11 @@ from normkit.weights.layout import hooked_weight
 Where = str | Callable[[str, nn.Module], bool]
 
 PLACES = ("first_last", "all", "hidden", "convolutions", "attention", "re:PATTERN")
-_NORMS = (
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.instancenorm._InstanceNorm,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-)
+_BY_CHANNEL = nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
+_NORMS = (*_BY_CHANNEL, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
+_LAYERS = (nn.Linear, _ConvNd, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 # As peft and torchtune name the matrices of low-rank adapters.
 _ADAPTER = re.compile(r"(^|\.)lora_", re.IGNORECASE)
 # As torch, transformers and timm name the query's, key's and value's layers, apart or packed in this order.
@@ -65,7 +61,8 @@ def select(model: nn.Module, where: Where = "all") -> dict[str, nn.Module]:
     found = {name: module for name, module in model.named_modules() if "parametrizations" not in name.split(".")}
     named = isinstance(where, str) and not where.startswith("re:")
     if named:
-        layers = {name: module for name, module in found.items() if _is_layer(module) and not _ADAPTER.search(name)}
+        own = {name: module for name, module in found.items() if isinstance(module, _LAYERS) or is_gpt2_linear(module)}
+        layers = {name: module for name, module in own.items() if not _ADAPTER.search(name)}
     else:
         layers = {name: module for name, module in found.items() if weight_names(module)}
     chosen = choose(layers, where, "layers with a weight")
@@ -84,9 +81,7 @@ def choose(candidates: Mapping[str, nn.Module], where: Where, what: str) -> dict
     names = list(candidates)
     if not isinstance(where, str):
         if not callable(where):
-            raise NotationError(
-                f"where is a {type(where).__name__}; wanted a word, 're:PATTERN' or a function of name and module"
-            )
+            raise NotationError(f"where is a {type(where).__name__}; wanted a word, 're:PATTERN' or a function")
         chosen = [name for name in names if where(name, candidates[name])]
     else:
         check_place(where)
@@ -100,9 +95,8 @@ def choose(candidates: Mapping[str, nn.Module], where: Where, what: str) -> dict
             chosen = {"first_last": [*names[:1], *names[1:][-1:]], "all": names, "hidden": names[1:-1]}[where]
     if not chosen:
         said = where if isinstance(where, str) else getattr(where, "__name__", "the predicate")
-        known = ", ".join(label(name) for name in names[:20]) + (
-            f" and {len(names) - 20} more" if len(names) > 20 else ""
-        )
+        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+        known = ", ".join(label(name) for name in names[:20]) + more
         raise SurgeryError(f"{said!r} chooses nothing; {what} that exist: {known or 'none'}")
     return {name: candidates[name] for name in chosen}
 
@@ -147,8 +141,3 @@ def weight_names(layer: nn.Module) -> tuple[str, ...]:
 def is_gpt2_linear(module: nn.Module) -> bool:
     """Whether it is the linear layer of Hugging Face's GPT-2, whose weight is (in, out)."""
     return type(module).__name__.removeprefix("Parametrized") == "Conv1D" and hasattr(module, "nf")
-
-
-def _is_layer(module: nn.Module) -> bool:
-    kinds = nn.Linear | _ConvNd | nn.MultiheadAttention | nn.RNNBase | nn.RNNCellBase
-    return isinstance(module, kinds) or is_gpt2_linear(module)

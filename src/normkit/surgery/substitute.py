@@ -17,14 +17,8 @@ Pairs = dict[str, tuple[nn.Module, nn.Module]]
 
 # Shared with the old layer, not copied: handles that remove a hook point at these very dictionaries.
 _HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
+    *("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
 )
 
 
@@ -64,13 +58,7 @@ def build_all(
     return pairs, rows
 
 
-def put_heard(
-    model: nn.Module,
-    pairs: Pairs,
-    rows: dict[str, Change],
-    example: Any,
-    refusals: Refusals,
-) -> nn.Module:
+def put_heard(model: nn.Module, pairs: Pairs, rows: dict[str, Change], example: Any, refusals: Refusals) -> nn.Module:
     """Put new modules in the place of old ones and run the model on an example, if there is one; in a transaction."""
     root = put(model, {id(old): new for old, new in pairs.values()})
     if example is None:

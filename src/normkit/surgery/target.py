@@ -92,26 +92,16 @@ class Target:
         if card is None or card.build is None:
             return activation_module(norm), "its weight and bias dropped" if norm.weight is not None else ""
         if not norm.shape:
-            raise SurgeryError(
-                f"{label(name)}: its number of features is not known; give example=, an input of the model"
-            )
+            raise SurgeryError(f"{label(name)}: its number of features is not known; give example=, an input")
         gain = norm.weight if norm.weight is not None else norm.bias
         like = like if gain is None else gain
         unkept = {"track_running_stats": False} if norm.track is False and not norm.tracks and has_flag(card) else {}
-        place = Place(
-            norm.axes if norm.axes in card.axes or norm.rank != 2 else card.axes[0],  # of (N, C) both layouts are one
-            norm.shape,
-            self.option or (norm.option if norm.axes == "trailing" else ""),
-            norm.guard(like.dtype),
-            norm.momentum,
-            norm.tracks,
-            norm.affine,
-            norm.bias is not None or not norm.has_bias,
-            norm.alone,
-            {"dtype": like.dtype, "device": like.device, **unkept},
-            norm.spatial,
-            norm.kind,
-        )
+        axes = norm.axes if norm.axes in card.axes or norm.rank != 2 else card.axes[0]  # of (N, C) both layouts are one
+        option = self.option or (norm.option if norm.axes == "trailing" else "")
+        kept = {key: getattr(norm, key) for key in ("momentum", "tracks", "affine", "alone", "spatial", "kind")}
+        factory = {"dtype": like.dtype, "device": like.device, **unkept}
+        bias = norm.bias is not None or not norm.has_bias
+        place = Place(axes, norm.shape, option, norm.guard(like.dtype), bias=bias, factory=factory, **kept)
         if place.axes not in card.axes:
             raise SurgeryError(
                 f"{label(name)}: {self._misfit(card, norm)}; choose another norm, or leave it with {_LEAVE}"
@@ -196,9 +186,8 @@ def _carry(card: Card, norm: Norm, new: nn.Module) -> list[str]:
         parameter.requires_grad_(norm.weight is None or norm.weight.requires_grad)
     notes = [f"{', '.join(dropped)} dropped"] if dropped else []
     notes += ["its gain is 1 + parametrizations.weight.original"] if parametrize.is_parametrized(new) else []
-    return notes + (
-        [f"{', '.join(dict.fromkeys(key.partition('.')[0] for key in created))} created"] if created else []
-    )
+    new_names = ", ".join(dict.fromkeys(key.partition(".")[0] for key in created))
+    return [*notes, f"{new_names} created"] if created else notes
 
 
 def _count_from(offset: float, new: nn.Module, weight: nn.Parameter) -> None:
@@ -251,13 +240,10 @@ def norm_list() -> str:
 
 def _why_not(name: str) -> str:
     """The reason why a method that exists has no word."""
-    weights = {
-        key: card.word or card.name for card in METHODS if card.kind == "weight" for key in (card.word, card.name)
-    }
+    cards = [card for card in METHODS if card.kind == "weight"]
+    weights = {key: card.word or card.name for card in cards for key in (card.word, card.name)}
     if weights.get(name):
-        return (
-            f"; {name} is a weight method: apply_recipe(model, 'keep+{weights[name]}') puts it on, or condition(model)"
-        )
+        return f"; {name} is a weight method: apply_recipe(model, 'keep+{weights[name]}') puts it on"
     why = next((card.wordless for card in METHODS if name in (card.name, card.name.replace("_", ""))), "")
     return f"; {name} can't stand in a norm's place: {why}" if why else ""
 

@@ -93,9 +93,8 @@ class Transaction:
             for key, content in old[2].items():
                 if old[1][key] is new[1].get(key) is now[1].get(key):
                     merged[key] = _merged(content, new[2][key], now[2][key], name)
-            plan.append(
-                (module, old[0] if old[0] is not new[0] else now[0], _merged(old[1], new[1], now[1], name), merged)
-            )
+            kind = old[0] if old[0] is not new[0] else now[0]
+            plan.append((module, kind, _merged(old[1], new[1], now[1], name), merged))
         for module, kind, attributes, contents in plan:
             module.__class__ = kind
             if attributes is not None:
@@ -179,9 +178,8 @@ def _merged(old: Any, new: Any, now: Any, name: str) -> Any:
             raise SurgeryError(f"undo: {label(name)} was changed by something else since ({key}); undo that first")
     kept = {key: value for key, value in now.items() if key not in changed}
     found = kept | {key: old[key] for key in changed if key in old}
-    return {
-        key: found[key] for key in [*(key for key in old if key in found), *(key for key in found if key not in old)]
-    }
+    order = [*(key for key in old if key in found), *(key for key in found if key not in old)]
+    return {key: found[key] for key in order}
 
 
 def _is(a: object, b: object) -> bool:

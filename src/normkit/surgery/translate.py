@@ -6,17 +6,17 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from os import PathLike, fspath
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from normkit.core.errors import SurgeryError
+from normkit.core.errors import SurgeryError, check_options
 from normkit.core.support import show
 from normkit.surgery.bake import bake
 from normkit.surgery.changes import Change, Changes, label
-from normkit.surgery.framework import Framework, check_framework, from_framework, to_framework, to_torch
+from normkit.surgery.framework import Framework, from_framework, to_framework, to_torch
 from normkit.surgery.norms import loads_difference, norms_in, read_norm
 from normkit.surgery.select import Where, choose
 from normkit.surgery.transaction import transaction
@@ -98,8 +98,7 @@ def translate(
     >>> translate(nn.Linear(1, 2).state_dict(), nn.Linear(1, 2), to="flax")["params/kernel"].shape
     torch.Size([1, 2])
     """
-    check_framework("translate: source", source, get_args(Framework))
-    check_framework("translate: to", to, get_args(To))
+    check_options("translate", source=(source, Framework), to=(to, To))
     state = state_dict if isinstance(state_dict, Mapping) else read_checkpoint(state_dict)
     inward = to == "model"
     given = _read(state, model, source, rename if inward else None, from_one if inward else None)
@@ -125,11 +124,7 @@ def translate(
 
 
 def accept(
-    model: nn.Module,
-    *,
-    source: Framework = "torch",
-    rename: Rename | None = None,
-    from_one: Where | bool | None = None,
+    model: nn.Module, *, source: Framework = "torch", rename: Rename | None = None, from_one: Where | bool | None = None
 ) -> Changes:
     """Let a model's ``load_state_dict`` take what ``translate`` takes, in place: a hook translates each checkpoint first.
 
@@ -139,14 +134,8 @@ def accept(
     With ``from_one`` a state_dict of the model itself, whose gains are not to be moved again, is known by the metadata that
     torch keeps with it, also in files of ``torch.save``. Safetensors and plain dicts don't have it: ``undo()`` before those.
 
-    Args:
-        model: any module.
-        source: as for ``translate``.
-        rename: as for ``translate``; a function of a module's top level, where the model is to be pickled.
-        from_one: as for ``translate``.
-
-    Raises:
-        OptionError: no such framework. Then, at each load, SurgeryError as ``translate``, but not for missing or left over keys.
+    Arguments and errors are those of ``translate``, but that missing and left over keys raise nothing; ``rename`` is a function
+    of a module's top level, where the model is to be pickled.
 
     >>> from normkit import condition
     >>> model = condition(nn.Sequential(nn.Linear(2, 3))).model
@@ -154,7 +143,7 @@ def accept(
     >>> model.load_state_dict(nn.Sequential(nn.Linear(2, 3)).state_dict())
     <All keys matched successfully>
     """
-    check_framework("accept", source, get_args(Framework))
+    check_options("accept", source=(source, Framework))
     with transaction(model) as opened:
         model.register_load_state_dict_pre_hook(_Accept(source, rename, from_one))
         if from_one is not None:
@@ -199,9 +188,8 @@ def _read(
         name = (rename or str)(key)
         if rename is None and raw in known:
             name, leaf = raw, ""  # a parameter of that very name, as ConvNeXt's gamma
-        given[name] = (
-            to_torch(layers.get(name.rpartition(".")[0]), leaf, value, key) if source in ("flax", "keras") else value
-        )
+        layer = layers.get(name.rpartition(".")[0])
+        given[name] = to_torch(layer, leaf, value, key) if source in ("flax", "keras") else value
     if len(given) != len(found):
         raise SurgeryError("translate: rename gives several keys one name")
     for prefix, offset in _offsets(model, from_one).items():

@@ -56,17 +56,17 @@ def translate_weight(
     value = _value(layer, label(prefix + name), *(given[key] for key in theirs))
     other = len(mine) == 2 and not _are_lengths(wanted[mine[0]], wanted[mine[1]])
     if other and not parametrize.is_parametrized(layer, name):
-        raise SurgeryError(
-            f"translate: {label(mine[0])} and {label(mine[1])} are no lengths and directions of weight norm"
-        )
+        raise SurgeryError(f"translate: {label(mine[0])} and {label(mine[1])} are no lengths and directions")
     torchs = len(mine) > 1 and not other and not _known_here(layer, name)
     if torchs:
         _check_shape(value, wanted[mine[1 if len(mine) == 2 else 0]], label(prefix + name))
-    if torchs and not _has_lengths(value, wanted[mine[0]]):
-        raise SurgeryError(
-            f"translate: {label(prefix + name)} is zero, or has a zero row, of which torch's weight or spectral "
-            "norm makes NaN; put normkit's on, or leave this layer out"
-        )
+        like = wanted[mine[0]]
+        fits = (_length(value, like) != 0).all() if like.shape != value.shape else value.any()
+        if not value.is_meta and not fits:
+            raise SurgeryError(
+                f"translate: {label(prefix + name)} is zero, or has a zero row, of which torch's weight or spectral "
+                "norm makes NaN; put normkit's on, or leave this layer out"
+            )
     if loads_difference(layer):
         found[f"{prefix}parametrizations.{name}.original"] = value
     elif parametrize.is_parametrized(layer, name):
@@ -87,9 +87,7 @@ def _raw(layer: nn.Module, name: str, value: Tensor, full: str) -> Known:
     assert isinstance(held, parametrize.ParametrizationList)
     like = next(chain(held.parameters(), held.buffers()))  # a buffer may be parametrized too
     if like.is_meta and any(True for _ in held.buffers()):
-        raise SurgeryError(
-            f"translate: {full}: its parametrization keeps tensors on the meta device; give the model memory first"
-        )
+        raise SurgeryError(f"translate: {full}: its parametrization is on the meta device; give the model memory first")
     if like.is_meta:  # it is to be loaded with assign=True
         held = held.to_empty(device=value.device)
     value = value.to(next(chain(held.parameters(), held.buffers())))
@@ -151,10 +149,6 @@ def _known_here(layer: nn.Module, name: str) -> bool:
     return any(isinstance(part, Parametrization) for part in parts)  # pyright: ignore
 
 
-def _has_lengths(value: Tensor, like: Tensor) -> bool:
-    return value.is_meta or bool((_length(value, like) != 0).all() if like.shape != value.shape else value.any())
-
-
 def _are_lengths(g: Tensor, v: Tensor) -> bool:
     """Whether two tensors can be those of weight norm: one length, or one for each place along some axes and not all."""
     fits = g.dim() == v.dim() and all(a in (1, b) for a, b in zip(g.shape, v.shape, strict=True))
@@ -194,9 +188,7 @@ def _value(layer: nn.Module, full: str, first: Tensor, *rest: Tensor) -> Tensor:
     matrices = (first.double().movedim(axis, 0).flatten(1) for axis in axes)
     matrix = next((each for each in matrices if each.shape == (u.numel(), v.numel())), None)
     if matrix is None:
-        raise SurgeryError(
-            f"translate: {full}: got {show(first.shape)}, with singular vectors of {u.numel()} and {v.numel()}"
-        )
+        raise SurgeryError(f"translate: {full}: got {show(first.shape)}, and vectors of {u.numel()} and {v.numel()}")
     sigma = u @ matrix @ v
     return (first.double() / torch.where(sigma == 0, _TINY, sigma)).to(first.dtype)
 

@@ -1,7 +1,6 @@
 """Normalizations of weights, one method per file; each is a parametrization and a function on plain tensors."""
 
 from normkit.weights.layout import WeightLayout, weight_layout
-from normkit.weights.power_iteration import power_iteration
 from normkit.weights.preconditioning import (
     Precondition,
     SpectralConditioning,
@@ -10,7 +9,7 @@ from normkit.weights.preconditioning import (
     precondition,
     spectral_conditioning,
 )
-from normkit.weights.spectral_norm import SpectralNorm, spectral_norm
+from normkit.weights.spectral_norm import SpectralNorm, power_iteration, spectral_norm
 from normkit.weights.weight_conditioning import Equilibrate, Temperature, weight_conditioning
 from normkit.weights.weight_norm import WeightNorm, weight_norm
 from normkit.weights.weight_standardization import (

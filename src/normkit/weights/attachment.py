@@ -42,9 +42,7 @@ def attach(
     """
     if splits and parametrize.is_parametrized(layer, name):
         who = type(parametrization).__name__
-        raise OptionError(
-            f"{who}: the {name} is already parametrized and {who} must come first; fold what is there, or swap the order"
-        )
+        raise OptionError(f"{who}: the {name} is already parametrized and {who} must come first; fold that, or swap")
     if directed:
         _warn_of_zeros(layer, name, type(parametrization).__name__)
     if parametrize.is_parametrized(layer):
@@ -70,10 +68,8 @@ def _warn_of_zeros(layer: nn.Module, name: str, who: str) -> None:
 
 
 def originals(held: nn.Module) -> list[Tensor]:
-    """The raw tensors of a ``ParametrizationList``, by name: in the order of its parametrization's arguments.
-
-    Under FSDP and in replicas of DataParallel, and where one was registered again, its parameters lack them or are reordered.
-    """
+    """The raw tensors of a ``ParametrizationList``, in the order of its parametrization's arguments."""
+    # By name: under FSDP, in replicas, and where one was registered again, its parameters lack them or are reordered.
     known = held._parameters
     names = _ORIGINALS[:1] if held.is_tensor else _ORIGINALS[1 : 1 + held.ntensors]  # pyright: ignore
     return [found if (found := known.get(name)) is not None else getattr(held, name) for name in names]

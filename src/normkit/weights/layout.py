@@ -150,10 +150,7 @@ def layout_of_several(layer: nn.Module, name: str, who: str) -> WeightLayout:
 
 
 def hooked_weight(layer: nn.Module, name: str) -> tuple[str, Tensor] | None:
-    """Find which of torch's hook-based utilities computes a weight before each pass, and from which parameter, or None.
-
-    These utilities of ``torch.nn.utils`` leave the weight a plain attribute, which cannot be parametrized.
-    """
+    """Find which utility of torch's hooks a weight, a plain attribute then, before each pass, and of which parameter, or None."""
     if not isinstance(vars(layer).get(name), Tensor):
         return None
     for key, utility, suffix in (("mask", "prune", "orig"), ("u", "spectral_norm", "orig"), ("g", "weight_norm", "v")):
@@ -194,9 +191,7 @@ def weight_of(layer: nn.Module, name: str, who: str) -> Tensor:
             f"{who}: {type(layer).__name__} has no parameter {name!r}; it has: {', '.join(held) or 'none'}"
         )
     if is_lazy(weight):
-        raise OptionError(
-            f"{who}: the {name} of {type(layer).__name__} has no shape yet; run the layer once, then call this"
-        )
+        raise OptionError(f"{who}: the {name} of {type(layer).__name__} has no shape yet; run the layer once first")
     if not torch.is_floating_point(weight):
         raise OptionError(f"{who}: the {name} of {type(layer).__name__} is {weight.dtype}; wanted a floating dtype")
     return weight

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normkit.core.card import Card, paper
 from normkit.core.errors import OptionError, ShapeError, check_options
@@ -39,9 +39,7 @@ def inverse_root_diagonal(matrix: Tensor) -> Tensor:
     tensor([0.5000, 0.2500])
     """
     if matrix.shape[-1] != matrix.shape[-2]:
-        raise OptionError(
-            f"inverse_root_diagonal: got a matrix of {show(matrix.shape[-2:])}; wanted a square one, which alone has a diagonal"
-        )
+        raise OptionError(f"inverse_root_diagonal: got a matrix of {show(matrix.shape[-2:])}; wanted a square one")
     return matrix.diagonal(dim1=-2, dim2=-1).abs().clamp_min(1e-12).rsqrt()
 
 
@@ -89,9 +87,7 @@ class Precondition(Parametrization):
     ) -> None:
         super().__init__()
         if left is None and right is None:
-            raise OptionError(
-                "Precondition: neither left= nor right= is given; wanted a tensor or a function for one of them"
-            )
+            raise OptionError("Precondition: neither left= nor right= is given; wanted a tensor or function for one")
         check_options("Precondition", gradient=(gradient, Gradient))
         self.layout, self.gradient = layout or WeightLayout(), gradient
         for side, given in (("left", left), ("right", right)):
@@ -132,9 +128,7 @@ class Precondition(Parametrization):
         if found.shape not in (diagonal, torch.Size((*diagonal, size))):
             one = isinstance(given, Tensor)  # for all groups
             got, wanted = (given.shape, (size,)) if one else (found.shape, diagonal)
-            groups = (
-                "; one tensor serves all groups, and a function gives each its own" if one and matrix.dim() > 2 else ""
-            )
+            groups = "; one tensor serves all groups, a function gives each its own" if one and matrix.dim() > 2 else ""
             raise ShapeError(
                 f"Precondition: {side} of a matrix of {show(matrix.shape)} is of {show(got)}; wanted {show(wanted)}, a diagonal, "
                 f"or {show((*wanted, size))}{groups}"
@@ -204,10 +198,6 @@ def preconditioned(
     return Precondition(left, right, layout, gradient=gradient)(weight)
 
 
-def _by_rows(layer: nn.Module, name: str = "weight") -> nn.Module:
-    return precondition(layer, inverse_root_rows, name=name)
-
-
 CARD = Card(
     name="preconditioning",
     title="Preconditioning by matrices of one's own",
@@ -220,7 +210,7 @@ CARD = Card(
     weaknesses="a full matrix costs a product with the weight at each use; nothing is promised of the condition number",
     module=Precondition,
     functional=preconditioned,
-    make=_by_rows,
+    make=lambda layer: precondition(layer, inverse_root_rows),
 )
 
 
@@ -228,11 +218,9 @@ class SpectralConditioning(Parametrization):
     """The parametrization w = v + shift * I, where the shift is a constant and I has ones on its main diagonal.
 
     The weight is taken as its matrix, one row per output unit, and I has its shape, square or not. Where a weight stacks several
-    matrices, as the query's, the key's and the value's in attention, each gets an I of its own. Trained is v, from its own
-    initial values: the function at the start is another one than without the shift, as the paper means it, so put this on before
-    training. Folding adds the shift to the weight.
-
-    The identity of the matrix is added as a whole, not one for each head; so we read the paper, whose formulas have one head.
+    matrices, as the query's, the key's and the value's in attention, each gets an I of its own, not one for each head: so we read
+    the paper, whose formulas have one head. Trained is v, from its own initial values: put this on before training, as the
+    function at the start is another one than without the shift. Folding adds the shift to the weight.
 
     Args:
         shift: the factor of I, called lambda. Default: 10.
@@ -254,9 +242,7 @@ class SpectralConditioning(Parametrization):
     def __init__(self, shift: float = 10.0, layout: WeightLayout | None = None, blocks: int = 1) -> None:
         super().__init__()
         if not math.isfinite(shift):
-            raise OptionError(
-                f"SpectralConditioning: shift={shift}; wanted a finite number, the factor of the identity"
-            )
+            raise OptionError(f"SpectralConditioning: shift={shift}; wanted a finite number, the factor of I")
         if blocks < 1:
             raise OptionError(f"SpectralConditioning: blocks={blocks}; wanted a whole number from 1")
         self.shift, self.layout, self.blocks = shift, layout or WeightLayout(), blocks

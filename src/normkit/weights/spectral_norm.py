@@ -1,4 +1,4 @@
-"""Spectral normalization: the weight's largest singular value is 1."""
+"""Spectral normalization: the weight's largest singular value is 1; and power iteration, which finds it."""
 
 from contextlib import nullcontext
 
@@ -10,16 +10,101 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from normkit.core.card import Card, paper
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.memory import recomputed
-from normkit.core.moments import accumulation_dtype
-from normkit.core.precision import full_precision
+from normkit.core.moments import accumulation_dtype, full_precision
 from normkit.core.statistic import Statistic
 from normkit.core.support import show
-from normkit.weights import kernels, multi_tensor
+from normkit.weights import kernels
 from normkit.weights.attachment import ModuleT, attach
 from normkit.weights.layout import weight_of
-from normkit.weights.multi_tensor import Share
-from normkit.weights.parametrization import Parametrization
-from normkit.weights.power_iteration import power_iteration
+from normkit.weights.parametrization import Parametrization, Share, normalize
+
+
+@torch.no_grad()
+def power_iteration(
+    matrix: Tensor, u: Tensor | None = None, v: Tensor | None = None, iterations: int = 1, eps: float = 1e-12
+) -> tuple[Tensor, Tensor]:
+    """Improve the leading singular vectors of a matrix: u <- W v / |W v|, v <- W^T u / |W^T u|; sigma is then u^T W v.
+
+    Each iteration shrinks the error of sigma by (sigma_2 / sigma_1)^4, of the vectors by (sigma_2 / sigma_1)^2. sigma approaches
+    from below. Keep the vectors for the next call: after a small change of the weight, one iteration is enough.
+
+    The matrix is (out, in); ``u`` (out,) and ``v`` (in,) are those of the previous call, random if None. A product no longer than
+    ``eps`` leaves its vector unchanged.
+
+    Returns u and v, of length 1, in the accumulation dtype.
+
+    Raises:
+        ShapeError: the tensor is not a matrix.
+
+    Reference: Miyato, Kataoka, Koyama, Yoshida (2018), https://arxiv.org/abs/1802.05957, algorithm 1.
+
+    >>> W = torch.tensor([[1.0, 5.0], [0.0, 0.5]])
+    >>> u, v = power_iteration(W, v=torch.tensor([1.0, 0.0]), iterations=10)
+    >>> (u @ W @ v).round(decimals=4)
+    tensor(5.1225)
+    """
+    if matrix.dim() != 2:
+        raise ShapeError(f"power_iteration: got a tensor of shape {show(matrix.shape)}, wanted a matrix")
+    wide = matrix.detach().to(accumulation_dtype(matrix.dtype))
+    left, right = (
+        _unit(wide.new_empty(size).normal_(), eps) if kept is None else kept.to(wide.dtype)
+        for kept, size in zip((u, v), wide.shape, strict=True)
+    )
+    with full_precision(wide):
+        for _ in range(iterations):
+            left = _unit(wide @ right, eps, left)
+            right = _unit(wide.T @ left, eps, right)
+    return left, right
+
+
+@torch.no_grad()
+def power_iteration_square(
+    matrix: Tensor, tol: float = 1e-6, x: Tensor | None = None, limit: int = 10_000
+) -> tuple[Tensor, Tensor]:
+    """Run x <- W x / |W x| until x moves by less than ``tol``, up to sign: |W x| is the spectral radius, not the norm.
+
+    Introductions to spectral normalization print this loop and take |W x| for the largest singular value. It is the largest
+    absolute eigenvalue, which equals the spectral norm only for normal matrices, such as symmetric ones, and is smaller
+    otherwise. Do not normalize by it; use ``power_iteration`` or ``spectral_norm``. It needs a square matrix with a dominant
+    real eigenvalue, else OptionError after ``limit`` iterations (von Mises and Pollaczek-Geiringer, 1929,
+    https://doi.org/10.1002/zamm.19290090206).
+
+    >>> W = torch.tensor([[1.0, 5.0], [0.0, 0.5]])
+    >>> radius, x = power_iteration_square(W, x=torch.tensor([1.0, 1.0]))
+    >>> radius.round(decimals=4), torch.linalg.matrix_norm(W, 2).round(decimals=4)
+    (tensor(1.), tensor(5.1225))
+    """
+    if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ShapeError(
+            f"power_iteration_square: got a tensor of shape {show(matrix.shape)}, wanted a square matrix; for others use "
+            "power_iteration"
+        )
+    if x is not None and x.shape != matrix.shape[:1]:
+        raise ShapeError(
+            f"power_iteration_square: got x of {show(x.shape)}, wanted a vector of {matrix.shape[0]} elements"
+        )
+    wide = matrix.detach().to(accumulation_dtype(matrix.dtype))
+    now = _unit(wide.new_empty(len(wide)).normal_() if x is None else x.to(wide.dtype), 0.0)
+    with full_precision(wide):
+        for _ in range(limit):
+            product = wide @ now
+            size = torch.linalg.vector_norm(product)
+            if not size:
+                return size, now
+            before, now = now, product / size
+            if min((now - before).norm(), (now + before).norm()) < tol:
+                return torch.linalg.vector_norm(wide @ now), now
+    raise OptionError(
+        f"power_iteration_square: x still moves by more than tol={tol:g} after limit={limit} iterations; the matrix may have no "
+        "dominant real eigenvalue, or tol is below the rounding of its dtype"
+    )
+
+
+def _unit(product: Tensor, eps: float, before: Tensor | None = None) -> Tensor:
+    """The product's direction, or the previous one if it has none: no iteration recovers from a zero vector."""
+    norm = torch.linalg.vector_norm(product)
+    direction = product / norm.clamp_min(eps)
+    return direction if before is None else torch.where(norm > eps, direction, before)
 
 
 class SpectralNorm(Parametrization):
@@ -78,7 +163,7 @@ class SpectralNorm(Parametrization):
             return F.normalize(weight, dim=0, eps=self.eps)
         share = self.share(weight)
         if share is not None:
-            return multi_tensor.normalize([share])[0]
+            return normalize([share])[0]
         matrix = self._matrix(weight)
         if not self.exact and matrix.shape != (self._u.numel(), self._v.numel()):
             raise ShapeError(
@@ -106,14 +191,12 @@ class SpectralNorm(Parametrization):
         return Share(plan, self.definition, weight, vectors=(self._u, self._v))
 
     def plan(self, weight: Tensor) -> kernels.Plan | None:
-        rows = weight.shape[0]
-        return kernels.plan_for(
+        rows, statistic = weight.shape[0], Statistic(None, "norm", self.eps, "floor")
+        nest, how = (
             (1, rows, weight.numel() // max(rows, 1), 1),
-            weight.dtype,
-            method="spectral",
-            statistic=Statistic(None, "norm", self.eps, "floor"),
-            iterations=self._iterations,
+            {"statistic": statistic, "iterations": self._iterations},
         )
+        return kernels.plan_for(nest, weight.dtype, method="spectral", **how)
 
     def options(self) -> tuple[object, ...]:
         return self._iterations, self.eps
@@ -125,16 +208,12 @@ class SpectralNorm(Parametrization):
 
     def definition(self, weight: Tensor, *vectors: Tensor) -> Tensor:
         """The weight divided by the singular value of its left and right vector."""
-        return (
-            divide_by_sigma(self._matrix(weight), *vectors, eps=self.eps)
-            .reshape(self._moved(weight).shape)
-            .movedim(0, self.dim)
-        )
+        divided = divide_by_sigma(self._matrix(weight), *vectors, eps=self.eps)
+        return divided.reshape(self._moved(weight).shape).movedim(0, self.dim)
 
     def extra_repr(self) -> str:
-        return f"n_power_iterations={self.n_power_iterations}, dim={self.dim}, eps={self.eps:g}" + (
-            ", exact=True" if self.exact else ""
-        )
+        text = f"n_power_iterations={self.n_power_iterations}, dim={self.dim}, eps={self.eps:g}"
+        return text + ", exact=True" * self.exact
 
     def _moved(self, weight: Tensor) -> Tensor:
         return weight.movedim(self.dim, 0)

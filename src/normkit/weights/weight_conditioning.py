@@ -49,10 +49,9 @@ class Equilibrate(RowScaling):
 
     Row mode is weight normalization with lengths frozen at 1. The gradient of the raw row is
     (dw - <dw, w> w) / norm(a_i): orthogonal to it, so that under plain gradient descent norms only grow and the effective rate
-    falls as 1 / norm^2; weight decay changes nothing but that rate. Before BatchNorm, row mode changes only the training, and the
-    function only as far as the norm's eps counts next to the variance. Here ``eps`` is a floor of the norm, not a summand, so
-    that invariance to scale is exact; a zero row stays zero, and its gradient is that of its conditioned weight divided by
-    ``eps``.
+    falls as 1 / norm^2; weight decay changes nothing but that rate. Before BatchNorm, row mode changes only the training, up to
+    the norm's eps. Here ``eps`` is a floor of the norm, so that invariance to scale is exact; a zero row stays zero, and its
+    gradient is that of its conditioned weight divided by ``eps``.
 
     Assigning ``layer.weight = W`` stores W as the raw weight: ``layer.weight`` then returns W conditioned, which is W itself
     only if its rows (columns) already have norm ``gain``. The norms of W change the effective rate, not the function.
@@ -123,9 +122,8 @@ class Equilibrate(RowScaling):
         elif self.order == "sequential":
             y = self._unit(self._unit(x, self.rows), self.columns)
         elif self.order == "simultaneous":
-            y = self._times(
-                self._times(x, self.rows, self._inverse(x, self.rows)), self.columns, self._inverse(x, self.columns)
-            )
+            left, right = self._inverse(x, self.rows), self._inverse(x, self.columns)
+            y = self._times(self._times(x, self.rows, left), self.columns, right)
         else:
             y = x
             for _ in range(self.iterations):
@@ -155,16 +153,9 @@ class Equilibrate(RowScaling):
         shape = self.layout.nest(weight.shape, self.view)
         if shape is None:
             return None
-        return kernels.plan_for(
-            shape,
-            weight.dtype,
-            method=self.order,
-            sets="near" if self.layout.output_axis == 0 else "apart",
-            statistic=self._statistic,
-            factor=self.gain,
-            constant=constant,
-            iterations=self.iterations,
-        )
+        sets = "near" if self.layout.output_axis == 0 else "apart"
+        how = {"statistic": self._statistic, "factor": self.gain, "constant": constant, "iterations": self.iterations}
+        return kernels.plan_for(shape, weight.dtype, method=self.order, sets=sets, **how)
 
     def check(self, weight: Tensor, trained: bool = False) -> None:
         """Refuse a weight that can't be conditioned.
@@ -175,9 +166,7 @@ class Equilibrate(RowScaling):
         """
         shape = show(weight.shape)
         if weight.dim() < 2:
-            raise OptionError(
-                f"Equilibrate: a weight of shape {shape}; wanted two axes or more, as rows and columns are scaled"
-            )
+            raise OptionError(f"Equilibrate: a weight of shape {shape}; wanted two axes or more, for rows and columns")
         if self.mode == "jacobi":
             matrix = weight.flatten(1)
             if matrix.shape[0] != matrix.shape[1] or self.layout.groups > 1:
@@ -186,9 +175,7 @@ class Equilibrate(RowScaling):
                 )
             if not torch.compiler.is_compiling() and bool((matrix.diagonal() == 0).any()):
                 at = (matrix.diagonal() == 0).nonzero()[0].item()
-                raise OptionError(
-                    f"Equilibrate: jacobi divides by the diagonal, and its element {at} is zero; use mode='row'"
-                )
+                raise OptionError(f"Equilibrate: jacobi divides by the diagonal, whose element {at} is zero; use 'row'")
         last = self.rows if self.mode == "row" else self.columns
         if (
             trained
@@ -267,17 +254,8 @@ def weight_conditioning(
     (tensor([[0.6000, 0.8000]]), tensor([[1.4000]]))
     """
     weight = weight_of(layer, name, "weight_conditioning")
-    part = Equilibrate(
-        mode,
-        weight_layout(layer, name),
-        order=order,
-        iterations=iterations,
-        eps=eps,
-        gradient=gradient,
-        gain=1.0 if gain == "learned" else gain,
-        view=view,
-        path=path,
-    )
+    how = {"order": order, "iterations": iterations, "eps": eps, "gradient": gradient, "view": view, "path": path}
+    part = Equilibrate(mode, weight_layout(layer, name), gain=1.0 if gain == "learned" else gain, **how)
     part.check(weight, trained=weight.requires_grad)
     reason = refusal(layer, name) if mode in ("row", "jacobi") else f"mode={mode!r} scales columns too"
     if path == "output" and reason is not None:
@@ -285,9 +263,7 @@ def weight_conditioning(
     if gain != "learned":
         return attach(layer, name, part, forward=scaled_forward if reason is None else None, directed=True)
     if path == "output":
-        raise BackendError(
-            'weight_conditioning: path="output" can\'t run with gain="learned", a second parametrization; use path="auto"'
-        )
+        raise BackendError('weight_conditioning: path="output" can\'t run with gain="learned", another parametrization')
     attach(layer, name, part, directed=True)
     return attach(layer, name, Temperature(device=weight.device, dtype=weight.dtype))
 
@@ -310,9 +286,8 @@ def equilibrate(
     tensor([[0.6000, 0.8000],
             [0.8000, 0.6000]])
     """
-    part = Equilibrate(
-        mode, layout, order=order, iterations=iterations, eps=eps, gradient=gradient, gain=gain, view=view
-    )
+    how = {"order": order, "iterations": iterations, "eps": eps, "gradient": gradient}
+    part = Equilibrate(mode, layout, gain=gain, view=view, **how)
     part.check(weight)
     return part(weight)
 

@@ -122,10 +122,6 @@ def rescale(g: Tensor, v: Tensor, dim: int | None = 0, eps: float = 1e-12) -> Te
     return WeightNorm(dim, eps)(g, v)
 
 
-def _on_outputs(layer: nn.Module) -> nn.Module:
-    return weight_norm(layer, dim=weight_layout(layer).output_axis)
-
-
 CARD = Card(
     name="weight_norm",
     title="Weight normalization",
@@ -139,7 +135,7 @@ CARD = Card(
     weaknesses="does not bound activations; needs a good initialization; lengths grow with the learning rate",
     module=WeightNorm,
     functional=rescale,
-    make=_on_outputs,
+    make=lambda layer: weight_norm(layer, dim=weight_layout(layer).output_axis),
     rule=weight_norm_rule(),
     invariances=frozenset({"weight scale", "row scale"}),
 )

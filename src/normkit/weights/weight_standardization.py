@@ -72,7 +72,6 @@ class WeightStandardization(Parametrization):
 
     Reference: Qiao, Wang, Liu, Shen, Yuille (2019), https://arxiv.org/abs/1903.10520.
 
-    >>> import torch
     >>> WeightStandardization()(torch.tensor([[1.0, 3.0], [5.0, 5.0]]))
     tensor([[-1.0000,  1.0000],
             [ 0.0000,  0.0000]])
@@ -105,7 +104,6 @@ def weight_standardization(
     Raises:
         OptionError: no such weight, an argument outside its range, or one weight per output unit, which would become zero.
 
-    >>> import torch
     >>> layer = weight_standardization(nn.Conv2d(2, 1, 1))
     >>> layer.weight = torch.tensor([1.0, 3.0]).view(1, 2, 1, 1)
     >>> layer.weight.detach().flatten()
@@ -125,7 +123,6 @@ def standardize(
 ) -> Tensor:
     """Weight standardization as a function; see WeightStandardization.
 
-    >>> import torch
     >>> standardize(torch.tensor([[1.0, 3.0]]), eps=0.0, correction=1)
     tensor([[-0.7071,  0.7071]])
     """

@@ -61,8 +61,6 @@ def audit(
     >>> print(found.fix())
     layer  before  after    note
     0      bias    no bias  BatchNorm2d(8) cancels it
-    >>> print(audit(model, torch.randn(16, 3, 8, 8)))
-    nothing found
     """
     seen = prepare(model, batch, optimizer, forward)
     with as_it_was(model):

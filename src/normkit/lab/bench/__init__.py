@@ -11,7 +11,7 @@ from rich.text import Text
 from normkit.core.errors import RecordError
 from normkit.engine.library import description
 from normkit.lab import record
-from normkit.lab.bench.report import brief, draw, markdown, replace_section, show
+from normkit.lab.bench.report import brief, draw, replace_section, show
 from normkit.lab.bench.speed import cases, changes, measure, summary
 from normkit.lab.devices import cores, processor
 from normkit.lab.option import check, command
@@ -72,10 +72,12 @@ def bench(speed: Speed) -> dict[str, Any]:
         both, worse, better = changes(rows, earlier["rows"])
         seen = {"file": str(speed.against), "date": earlier["date"]}
         result["against"] = {**seen, "both": both, "worse": worse, "better": better}
-    record.write_bytes(speed.output / "speed.md", markdown(result).encode())
+    record.write_bytes(speed.output / "speed.md", brief(result).encode())
     if speed.results is not None:
-        replace_section(speed.results, "Layers", brief(result))
-        record.write_json(speed.results.with_suffix(".json"), result)
+        title = "Layers and torch.compile" if speed.compile else "Layers"
+        replace_section(speed.results, title, brief(result))
+        beside = speed.results.with_stem(f"{speed.results.stem}-compile") if speed.compile else speed.results
+        record.write_json(beside.with_suffix(".json"), result)
     show(result, console)
     for written in [path, speed.output / "speed.md", *draw(result, speed.output / "figures")]:
         say(console, f"written  {written}")

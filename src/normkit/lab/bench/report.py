@@ -10,58 +10,28 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from normkit.lab.bench.speed import PEERS, TRAVERSALS, geometric_mean
+from normkit.lab.bench.speed import KERNELS, OPERATORS, OWN, PEERS, TRAVERSALS, geometric_mean, group, reached
 from normkit.lab.experiment import Drawing
 from normkit.lab.record import write_bytes
 from normkit.lab.report.drawing import FAINT, FULL, GRID, INK, save
 from normkit.lab.say import counted
 
 LEGEND = "A peer's time over normkit's, mean and worst: above 1, normkit is faster; copy: of its bandwidth"
-COLUMNS = (
-    "method",
-    "input",
-    "dtype",
-    "memory",
-    "direction",
-    "back end",
-    "ms",
-    "eager",
-    "compile",
-    "of roofline",
-    "error",
-    "torch's",
-)
-
-
-def cells(row: dict[str, Any]) -> list[str]:
-    """One row of the table as text: ratios above 1 mean that normkit is faster."""
-    ratio, error = row["ratio"], row["error"]
-    return [
-        row["method"],
-        "x".join(map(str, row["shape"])),
-        row["dtype"],
-        row["layout"],
-        row["direction"],
-        row["backend"],
-        f"{row['seconds']['ours'] * 1e3:.3f}",
-        *(f"{ratio[peer]:.2f}" if peer in ratio else "" for peer in ("eager", "compile")),
-        f"{row['roofline']['ours']:.2f}",
-        *(f"{error[name]:.0e}" if name in error else "" for name in ("ours", "eager")),
-    ]
-
-
+NOTE = f"+ {OWN}; * {OPERATORS}"
+MARKS = {KERNELS: "", OWN: "+", OPERATORS: "*"}
 GROUPS = ("method", "direction", "cells", "eager", "worst", "compile", "worst", "copy")
 
 
 def groups(result: dict[str, Any]) -> list[list[str]]:
     """A line for each method and direction: the geometric mean and the worst ratio to each peer, and the median roofline."""
     lines = []
-    for method in dict.fromkeys(row["method"] for row in result["rows"]):
+    ordered = sorted(result["rows"], key=lambda row: [*MARKS].index(group(row)))
+    for method, over in dict.fromkeys((row["method"], group(row)) for row in ordered):
         for direction in TRAVERSALS:
-            own = [row for row in result["rows"] if (row["method"], row["direction"]) == (method, direction)]
+            own = [row for row in ordered if (row["method"], group(row), row["direction"]) == (method, over, direction)]
             if not own:
                 continue
-            line = [method, "fwd" if direction == "forward" else "fwd+bwd", str(len(own))]
+            line = [method + MARKS[over], "fwd" if direction == "forward" else "fwd+bwd", str(len(own))]
             for peer in PEERS:
                 ratios = [row["ratio"][peer] for row in own if peer in row["ratio"]]
                 line += [f"{geometric_mean(ratios):.2f}", f"{min(ratios):.2f}"] if ratios else ["", ""]
@@ -79,6 +49,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_row("" if method == last else method, *rest)
         last = method
     console.print(table, highlight=False)
+    console.print(NOTE, markup=False, highlight=False)
     for line in conclusions(result):
         console.print(line, markup=False, highlight=False)
 
@@ -89,10 +60,13 @@ def conclusions(result: dict[str, Any]) -> list[str]:
     for row in result["summary"]:
         between = row.get("worst_interval")
         worst = f"{row['worst']:.2f}" + (f" ({between[0]:.2f} to {between[1]:.2f})" if between else "")
+        cells = counted(row["cells"], "cell")
         lines.append(
-            f"{row['direction']} against {row['peer']}: {counted(row['cells'], 'cell')}, mean {row['geometric_mean']:.2f}, "
+            f"{row['over']}, {row['direction']} against {row['peer']}: {cells}, mean {row['geometric_mean']:.2f}, "
             f"{row['below']} below 0.95, worst {worst}: {row['worst_case']}"
         )
+    for dtype, direction, goal, middle, cells, of in reached(result["rows"]):
+        lines.append(f"{dtype} {direction}, 4 to 64 MB: median {middle:.2f} of a copy, {cells} of {of} reach {goal}")
     if "against" in result:
         earlier = result["against"]
         lines.append(
@@ -105,16 +79,22 @@ def conclusions(result: dict[str, Any]) -> list[str]:
 
 def brief(result: dict[str, Any]) -> str:
     """How it was measured, the conclusions and the table of methods, as Markdown."""
-    lines = [_how(result), "", LEGEND + ".", "", *(f"* {line}" for line in conclusions(result)), ""]
-    lines += [f"| {' | '.join(GROUPS)} |", "|---|---|--:|--:|--:|--:|--:|--:|"]
-    return "\n".join([*lines, *(f"| {' | '.join(line)} |" for line in groups(result))]) + "\n"
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The whole result: what ``brief`` says, and every cell."""
-    said = "The errors are the largest difference from float64 over the largest value, ours and that of torch's layer."
-    lines = [brief(result), said, "", f"| {' | '.join(COLUMNS)} |", "|---|---|---|---|---|---|--:|--:|--:|--:|--:|--:|"]
-    return "\n".join([*lines, *(f"| {' | '.join(cells(row))} |" for row in result["rows"])]) + "\n"
+    ways: dict[str, dict[str, list[str]]] = {}
+    for method, way, count, eager, slowest, compiled, worst, copied in groups(result):
+        if method.endswith(MARKS[OPERATORS]):  # nothing of it is measured here
+            continue
+        both = [f"{mean} ({least})" if mean else "" for mean, least in ((eager, slowest), (compiled, worst))]
+        ways.setdefault(method, {})[way] = [count, *both, copied]
+    head = [
+        "method",
+        *(f"{way}{name}" for way in ("fwd", "fwd+bwd") for name in (" cells", " eager", " compile", " copy")),
+    ]
+    rows = [
+        [method, *(cell for way in ("fwd", "fwd+bwd") for cell in own.get(way, [""] * 4))]
+        for method, own in ways.items()
+    ]
+    lines = [_how(result), "", f"{LEGEND}; + {OWN}.", "", *(f"* {line}" for line in conclusions(result)), ""]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in (head, ["---", *["--:"] * 8], *rows))]) + "\n"
 
 
 def _how(result: dict[str, Any]) -> str:

@@ -7,7 +7,9 @@ a forward pass are one read and one write, and those of a backward pass two read
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import exp, log
+from itertools import product
+from math import exp, log, prod
+from statistics import median
 from typing import Any
 
 import torch
@@ -29,6 +31,14 @@ IMAGES = ((16, 256, 28, 28), (32, 64, 56, 56), (8, 1024, 14, 14))
 DTYPES = (torch.float32, torch.bfloat16)
 TRAVERSALS = {"forward": 2, "forward + backward": 5}
 PEERS = ("eager", "compile")
+# One mean of all would say nothing of any.
+KERNELS, OWN, OPERATORS = "one-rule layers on native kernels", "a kernel of its own", "PyTorch operators on both sides"
+# Of a copy's bandwidth, by dtype and direction, for tensors between these bytes.
+GOALS = {("float32", "forward"): 0.8, ("float32", "forward + backward"): 0.65} | {
+    ("bfloat16", "forward"): 0.6,
+    ("bfloat16", "forward + backward"): 0.5,
+}
+GOALS_BYTES = range(4 << 20, 65 << 20)
 LARGEST_CHECKED = 1 << 22  # elements; what is larger costs seconds in float64
 
 
@@ -211,22 +221,53 @@ def pair(name: str, channels: int) -> tuple[nn.Module, nn.Module]:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each direction and peer: how many cells, the worst ratio and its cell, and the geometric mean."""
+    """For what runs, each direction and peer: how many cells, the worst ratio and its cell, and the geometric mean."""
     found = []
-    for direction in TRAVERSALS:
-        for peer in PEERS:
-            ratios = [
-                (row["ratio"][peer], row) for row in rows if row["direction"] == direction and peer in row["ratio"]
-            ]
-            if ratios:
-                worst, row = min(ratios, key=lambda pair: pair[0])
-                where = f"{row['method']} {'x'.join(map(str, row['shape']))} {row['dtype']} {row['layout']}"
-                mean = geometric_mean([ratio for ratio, _ in ratios])
-                below = sum(ratio < 0.95 for ratio, _ in ratios)
-                found.append(
-                    {"direction": direction, "peer": peer, "cells": len(ratios), "geometric_mean": mean, "worst": worst}
-                    | {"worst_case": where, "worst_interval": row.get("interval", {}).get(peer), "below": below}
-                )
+    for over, direction, peer in product((KERNELS, OWN, OPERATORS), TRAVERSALS, PEERS):
+        own = (row for row in rows if row["direction"] == direction and group(row) == over)
+        ratios = [(row["ratio"][peer], row) for row in own if peer in row["ratio"]]
+        if ratios:
+            worst, row = min(ratios, key=lambda pair: pair[0])
+            where = f"{row['method']} {'x'.join(map(str, row['shape']))} {row['dtype']} {row['layout']}"
+            mean = geometric_mean([ratio for ratio, _ in ratios])
+            below = sum(ratio < 0.95 for ratio, _ in ratios)
+            found.append(
+                {
+                    "over": over,
+                    "direction": direction,
+                    "peer": peer,
+                    "cells": len(ratios),
+                    "geometric_mean": mean,
+                    "worst": worst,
+                }
+                | {"worst_case": where, "worst_interval": row.get("interval", {}).get(peer), "below": below}
+            )
+    return found
+
+
+def group(row: dict[str, Any]) -> str:
+    """What ran in a cell, in words; a layer that takes more than its input does not say it itself."""
+    if row["method"] in ("local_response_norm", "global_response_norm"):
+        return OWN
+    composed = ("conditional_batch_norm", "spatially_adaptive_norm", "adaptive_instance_norm")
+    return OPERATORS if row["method"] in composed or row["backend"] in ("reference", "aten") else KERNELS
+
+
+def reached(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, float, float, int, int]]:
+    """For each goal: dtype, direction, goal, the median fraction of a copy, how many cells reach the goal, and of how many.
+
+    Batch statistics of what exceeds the cache need 8 traversals forward and backward, not 5, and count as such.
+    """
+    found = []
+    for (dtype, direction), goal in GOALS.items():
+        fractions = [
+            row["roofline"]["ours"] * (1.6 if "batch" in row["method"] and direction != "forward" else 1)
+            for row in rows
+            if (row["dtype"], row["direction"]) == (dtype, direction) and group(row) == KERNELS
+            if prod(row["shape"]) * getattr(torch, dtype).itemsize in GOALS_BYTES
+        ]
+        if fractions:
+            found.append((dtype, direction, goal, median(fractions), sum(f >= goal for f in fractions), len(fractions)))
     return found
 
 

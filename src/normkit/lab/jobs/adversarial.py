@@ -16,7 +16,7 @@ from normkit.lab.sweep import Work
 from normkit.lab.train.images import OK, Diverged, descend, walk
 from normkit.surgery.reassign_spectral import reassign_spectral_
 from normkit.surgery.recipe import apply_recipe
-from normkit.weights.power_iteration import power_iteration
+from normkit.weights.spectral_norm import power_iteration
 
 SLOPE = 0.1
 
