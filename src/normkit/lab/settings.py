@@ -61,7 +61,7 @@ _SEEDS = _range(
     lambda seeds: bool(seeds) and len(set(seeds)) == len(seeds) and min(seeds) >= 0,
     "at least one seed: how many, or different seeds from 0 separated by commas",
 ) | {"metavar": "N", "parse": _seeds_of, "write": _seeds_in_words}
-_RATES = _range(
+_RATES: dict[str, Any] = _range(
     lambda rates: len(set(rates)) == len(rates) and all(math.isfinite(rate) and rate > 0 for rate in rates),
     "different learning rates above 0, separated by commas",
 ) | {"parse": lambda text: tuple(map(float, words(text)))}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import trimesh
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
@@ -45,7 +45,7 @@ def crossings(vertices: np.ndarray, faces: np.ndarray, lines: np.ndarray) -> Cro
     low, high = corners[:, :, :2].min(1), corners[:, :, :2].max(1)
     # A little more than half of each bounding square, as centres are rounded.
     reach = (high - low).max(1) / 2 + 1e-9 * np.abs(corners).max(initial=0.0)
-    tree, found = cKDTree(lines), []
+    tree, found = KDTree(lines), []
     for begin in range(0, len(faces) or 1, _FACES):
         part = slice(begin, begin + _FACES)
         near = tree.query_ball_point((low + high)[part] / 2, reach[part], p=np.inf)
