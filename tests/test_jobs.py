@@ -15,7 +15,6 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from normkit.catalogue import drawing as slides
 from normkit.catalogue.diagram import members
 from normkit.catalogue.drawing import SLIDES, Slide, draw_methods, reached
 from normkit.catalogue.methods import method

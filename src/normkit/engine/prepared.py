@@ -22,7 +22,7 @@ _SCALES = {("mean", "std"): 1, ("mean", None): 0, (None, "rms"): 1, (None, "norm
 _GUARDS = {"inside": 0, "outside": 1, "floor": 2}
 # The codes above are those of native/plan.h, and change with it and with the library's ABI number.
 # Between these sizes the output is written past the cache. Below, a reader still finds it there; with a reader behind, 12 MB take
-# 15 % less time past the cache. From 32 MB on malloc maps new pages, which the system has just zeroed in the cache. In half types,
+# 15 % less time past the cache. From 32 MB on malloc maps new pages, which the system has zeroed in the cache. In half types,
 # whose vectors are no whole lines, 12 MB lose a quarter.
 _STREAM_BYTES = range((10 << 20) + 1, 1 << 25)
 _WEIGHT, _BIAS, _OUTPUT = 1, 2, 4  # bits of NkPlan.parts: which parameters a call passes; y is kept for backward, not x
