@@ -147,7 +147,7 @@ def changed(data: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 def test_synchronized_norms_there_and_back(data: torch.Tensor, changed: list[dict[str, Any]]) -> None:
     alone = make()
-    step(alone, data, len(data))  # batch normalization of the whole batch
+    step_by_all(alone, data, len(data))  # batch normalization of the whole batch
     for report in changed:
         found = report["sync"]
         assert (found["rows"], found["back"], found["kinds"].count("SyncBatchNorm")) == (2, 2, 2)

@@ -134,12 +134,12 @@ def test_a_finished_comparison_whose_run_is_gone_gets_it_back(copied: Path, comp
 def test_overwriting_stopped_at_any_instant_leaves_no_old_run(comparison: Path, tmp_path: Path, operation: str) -> None:
     settings = replace(SMALL, seeds=(0,))
     once = lab_samples.other_data
-    wanted = compared(tmp_path / "new", settings, data=once)["result"]["recipes"]
+    wanted = compared(tmp_path / "new", settings=settings, data=once)["result"]["recipes"]
     for count in (1, 2, 3, 5, 8, 12):
         folder = Path(shutil.copytree(comparison, tmp_path / f"{operation}{count}"))
         with suppress(Stop), at_call(os, operation, count):
-            compared(folder, settings, data=once, overwrite=True)
-        found = compared(folder, settings, data=once, overwrite=count % 2 == 0 or count == 1)["result"]["recipes"]
+            compared(folder, settings=settings, data=once, overwrite=True)
+        found = compared(folder, settings=settings, data=once, overwrite=count % 2 == 0 or count == 1)["result"]["recipes"]
         for one, other in zip(found, wanted, strict=True):
             assert one["test_score"] == other["test_score"]
         assert len(trained(folder)) == 2

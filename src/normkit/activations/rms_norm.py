@@ -116,7 +116,7 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
         check_features("RMSNorm", self.normalized_shape, self.over, None, input)
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if self.cast == "after weight":
+        if not _rounds_first(self.cast, input):
             return super().forward(input, mask)
         self.check(input)
         y = activate(_rounded_first(self.rule, input, self.weight, self.bias, mask, self.backend), self.activation)
@@ -158,7 +158,7 @@ def rms_norm(
     check_features("rms_norm", shape, over, None, input)
     check_options("rms_norm", cast=(cast, Cast))
     rule = rms_norm_rule(len(shape), eps, over, guard, offset)
-    if cast == "before weight":
+    if _rounds_first(cast, input):
         return _rounded_first(rule, input, weight, bias, mask, backend)
     return run(rule, input, weight, bias, mask=mask, backend=backend)
 
@@ -166,6 +166,11 @@ def rms_norm(
 @remembered
 def _bare(rule: Rule) -> Rule:
     return Rule(rule.support, rule.statistic)
+
+
+def _rounds_first(cast: Cast, x: Tensor) -> bool:
+    """Whether there is anything to round before the weight: in float32 and float64 there is not."""
+    return cast == "before weight" and x.dtype.itemsize < 4
 
 
 def _rounded_first(

@@ -24,7 +24,7 @@ _LEVELS = {"x86-64-v4": 4, "x86-64-v3": 3, "baseline": 1}
 _ABI = 3
 _SYMBOLS = (
     *("nk_abi", "nk_level", "nk_set_threads"),
-    *("nk_forward", "nk_measure", "nk_backward", "nk_given", "nk_remember"),
+    *("nk_forward", "nk_measure", "nk_backward", "nk_given", "nk_remember", "nk_dropout", "nk_quantize"),
     *("nk_weight_forward", "nk_weight_backward", "nk_weights"),
     *("nk_response_forward", "nk_response_backward"),
     *("nk_window_forward", "nk_window_sum", "nk_window_backward"),
