@@ -1,6 +1,7 @@
 """The native kernels for a rule whose weight and bias they do not know, such as those of each sample with channels last.
 
-The kernel normalizes and one operator of PyTorch compensates: two passes, where the definition takes four or more.
+The kernel normalizes and one operator of PyTorch compensates: two passes, where the definition takes four or more. Half types,
+which would be rounded between the two, stay with the definition.
 """
 
 from dataclasses import replace
@@ -17,8 +18,8 @@ from normkit.engine.reference import activate
 
 
 def prepare_bare(call: Call, split: Split) -> Prepared | str | None:
-    """Prepare the call's rule without its compensation; None where there is none to leave out."""
-    if call.rule.compensation is None or (call.weight is None and call.bias is None):
+    """Prepare the call's rule without its compensation; None where there is none, or a half type would be rounded before it."""
+    if call.rule.compensation is None or (call.weight is None and call.bias is None) or call.x.itemsize < 4:
         return None
     bare = replace(call.rule, compensation=None)
     return prepare(bare, call.x, split, None, None, None, call.running, not call.own)

@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
-from normkit.core.errors import BackendError, OptionError
-from normkit.core.memory import Running, RunningMoments, RunningStatistics, recomputed
+from normkit.core.errors import BackendError
 from normkit.core.moments import Moments
 from normkit.core.rule import Rule
-from normkit.core.support import Split, place, show
+from normkit.core.support import Split
 from normkit.engine import closed_form
-from normkit.engine.abi import TYPES, checked, entry, gradients, like, pointer
-from normkit.engine.call import Call, Output
+from normkit.engine.abi import checked, entry, gradients, like, pointer
+from normkit.engine.call import Call, Output, summed
 from normkit.engine.eager import watched
 from normkit.engine.guard import calm, guard
 from normkit.engine.prepared import Prepared
 from normkit.engine.reference import activate
+from normkit.engine.remembered import of_arrays, placed, remember, updates
+from normkit.engine.undo import check_undone
 
 
 def perform(ready: Prepared, call: Call) -> Output:
@@ -37,8 +38,8 @@ def perform(ready: Prepared, call: Call) -> Output:
         return Output(y, total)
     memory, running = call.rule.memory, call.running
     # One more call into the library, where the update by operators would take a dozen.
-    if ready.arrays is not None and running is not None and memory is not None and _updates(memory):
-        _remember(ready, memory, values, running)
+    if ready.arrays is not None and running is not None and memory is not None and updates(memory):
+        remember(ready, memory, values, running)
         return Output(y, total, remembered=True)
     return Output(y, total, ready.moments(values))
 
@@ -123,64 +124,24 @@ def normalize_for_backward(
 
 def perform_by(ready: Prepared, call: Call) -> Output:
     """Run a call by running statistics, one for each element of the memory's axes; ``ready`` was prepared for given ones."""
-    x, weight, bias, running = _dense(call.x, ready), _packed(call.weight), _packed(call.bias), call.running
+    x, total = summed(call)
+    x, weight, bias, running = _dense(x, ready), _packed(call.weight), _packed(call.bias), call.running
     assert running is not None
     if ready.arrays is not None:
-        return Output(_by_arrays(ready, x, weight, bias, running.mean, running.var))
-    values = x.new_empty(2 * ready.nest.statistics, dtype=ready.wide)
-    _fill(ready, values, running)
-    return Output(_by_values(ready, x, weight, bias, values))
+        return Output(_by_arrays(ready, x, weight, bias, running.mean, running.var), total)
+    return Output(_by_values(ready, x, weight, bias, placed(ready, x, running)), total)
 
 
 def _by_arrays(
     ready: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor
 ) -> Tensor:
-    values = x.new_empty(2 * ready.nest.statistics, dtype=ready.wide)  # a row of 1 / scale, then a row of centres
-    start = values.data_ptr()
-    variance = var.data_ptr() if ready.scaled else None
-    center = start + ready.statistic_bytes
-    checked(ready.given(ready.address, ready.arrays, mean.data_ptr(), variance, start, center))
-    return _by_values(ready, x, weight, bias, values)
+    return _by_values(ready, x, weight, bias, of_arrays(ready, x, mean, var))
 
 
 def _by_values(ready: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor) -> Tensor:
     if _recorded(x, weight, bias):
         return _normalize_by(x, weight, bias, values, ready)
     return _forward(ready, x, weight, bias, None, 1 + ready.centred, values)[0]
-
-
-def _fill(ready: Prepared, values: Tensor, running: RunningStatistics) -> None:
-    """Write centre and 1 / scale of running statistics that are not laid out as the kernel's are."""
-    memory, statistic, split = ready.rule.memory, ready.rule.statistic, ready.split
-    assert memory is not None
-    ready.statistic(values, 1).copy_(place(running.mean, memory.per, split))
-    inverse = ready.statistic(values, 0)
-    if statistic.scale is None:
-        inverse.fill_(1.0)
-    else:
-        var = place(running.var, memory.per, split).to(ready.wide)
-        inverse.copy_(statistic.guarded(var, power=2).reciprocal())
-
-
-def _updates(memory: Running) -> bool:
-    """Whether the library can update this memory; a cumulative average counts its batches, in Python."""
-    return type(memory) in (Running, RunningMoments) and memory.momentum is not None
-
-
-def _remember(ready: Prepared, memory: Running, values: Tensor, running: RunningStatistics) -> None:
-    """Update running statistics in place by what ``normalize`` measured, in one call; ``ready.arrays`` is their type."""
-    if recomputed():
-        return
-    mean, var = running.mean, running.var
-    if running.batches is not None:
-        running.batches.add_(1)
-    count, start, step = ready.split.count, values.data_ptr(), ready.statistic_bytes
-    raw = type(memory) is RunningMoments
-    # n / (n - 1) makes the variance unbiased. Infinity marks it as undefined: the library skips what is not finite.
-    factor = 1.0 if raw else count / (count - 1) if count > 1 else float("inf")
-    pointers = start + step, start + 2 * step, mean.data_ptr(), var.data_ptr()
-    checked(ready.remember(mean.numel(), TYPES[ready.wide], ready.arrays, memory.momentum, factor, raw, *pointers))
-    torch.autograd.graph.increment_version((mean, var))  # the library wrote behind autograd's back
 
 
 def _recorded(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None = None) -> bool:
@@ -335,29 +296,6 @@ def _gradients(
     return [dx, dweight, dbias]
 
 
-def _check_undone(ready: Prepared, dtype: torch.dtype, weight: Tensor | None, bias: Tensor | None) -> None:
-    """Refuse gains too small for the normalized input to be computed again from the output.
-
-    The output is rounded by eps (|gain normalized| + |bias|), so (output - bias) / gain by eps (|normalized| + |bias / gain|) and
-    a little more. Half of the digits are left where |gain| >= sqrt(eps) |bias|. Numbers below the normal ones have fewer digits:
-    those of |gain| >= tiny / sqrt(eps) keep half of theirs down to normalized inputs of sqrt(eps).
-    """
-    if weight is None:
-        return
-    info, offset = torch.finfo(dtype), ready.struct.offset
-    gain, least = weight.detach() + offset, info.tiny / info.eps**0.5
-    wanted = gain.new_full((), least) if bias is None else (bias.detach().abs() * info.eps**0.5).clamp_min(least)
-    small = gain.abs() < wanted
-    if small.any():
-        at = int(small.flatten().nonzero()[0])
-        limits = wanted.expand_as(small).flatten()
-        raise OptionError(
-            f'save="output" can\'t undo a gain of {gain.flatten()[at].item():.3g} (element {at} of {show(weight.shape)}, '
-            f"{int(small.sum())} are too small), wanted at least {limits[at].item():.3g} in {dtype}, so that half of the digits "
-            'are left; use save="input" for this layer'
-        )
-
-
 class _Normalize(torch.autograd.Function):
     # For small inputs autograd's overhead exceeds the kernel's time. Hence a forward with ctx, not setup_context; statistics on
     # ctx and in a list, not among the outputs; and no argument that a call does not need.
@@ -375,7 +313,7 @@ class _Normalize(torch.autograd.Function):
         ctx.ready, ctx.values = ready, values
         ctx.set_materialize_grads(False)  # where only one of two outputs is used, no zeros for the other
         if ready.output:
-            _check_undone(ready, x.dtype, weight, bias)
+            check_undone(ready.struct.offset, x.dtype, weight, bias)
         ctx.save_for_backward(y if ready.output else x if total is None else total, weight, bias)
         if kept is not None:
             assert values is not None
