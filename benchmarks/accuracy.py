@@ -187,8 +187,9 @@ def main() -> None:
     record = [
         {
             **{k: str(v) for k, v in vars(c).items() if k not in ("forward", "backward")},
-            "forward": c.forward,
-            "backward": c.backward,
+            # A record takes no infinity, which a peer's error may be.
+            "forward": [v if math.isfinite(v) else str(v) for v in c.forward],
+            "backward": [v if math.isfinite(v) else str(v) for v in c.backward],
         }
         for c in found
     ]
