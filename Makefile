@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # What is compiled stays in build/, so that it is compiled once.
 INSTALL := $(PIP) install --constraint constraints.txt --config-settings=build-dir=build/native
 
-.PHONY: demo test check bench docs native sanitize wheel clean
+.PHONY: demo test check bench docs native native-all sanitize wheel clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.lab            ## compare four normalizations on handwritten digits
@@ -26,6 +26,11 @@ bench: $(VENV)/.test          ## benchmarks/RESULTS.md made again, beside torch 
 native: $(VENV)/.lab          ## the kernels, compiled again where their sources are newer; says what runs here
 	NORMKIT_NEEDS_KERNELS=1 $(INSTALL) --no-deps --editable .
 	$(BIN)/python -c 'from normkit.engine.library import description; print("native kernels:", description())'
+
+native-all: $(VENV)/.sanitize ## the kernels of every kind of processor, fuzzed: here, and for arm64 in an emulator
+	PATH="$(abspath $(BIN)):$$PATH" cmake -G Ninja -S native -B build/fuzz -DNORMKIT_FUZZ=ON
+	$(BIN)/cmake --build build/fuzz && $(BIN)/ctest --test-dir build/fuzz --output-on-failure
+	PATH="$(abspath $(BIN)):$$PATH" sh native/fuzz-arm64.sh || test $$? = 77
 
 sanitize: $(VENV)/.sanitize   ## the kernels under AddressSanitizer and UBSan: a fuzzer of their own, then their tests
 	$(BIN)/cmake -G Ninja -S native -B build/sanitize -DNORMKIT_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(CXX) -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)

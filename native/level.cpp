@@ -20,7 +20,7 @@ bool has_small_extensions_of_v3() {
 #endif
 
 // The version of the structures and arguments that Python hands over; raised with _ABI of engine/library.py when they change.
-NK_EXPORT int32_t nk_abi() { return 3; }
+NK_EXPORT int32_t nk_abi() { return 4; }
 
 // 1, 3 or 4 for baseline, x86-64-v3 and x86-64-v4.
 NK_EXPORT int nk_level() {

@@ -46,14 +46,12 @@ struct WideSums {
 // has. Differences from the first element make it exact where all elements are equal.
 template <class T, class A = accumulator<T>> NK_INLINE A shift_of(const T *x, int64_t n) {
     A begin = widen(x[0]);
-    Vec<A> about = splat<A>(begin), sum{};
-    int64_t some = std::min<int64_t>(n, 4 * LANES), i = 0;
-    for (; i + LANES <= some; i += LANES) sum += load(x + i) - about;
-    if (i == 0) {
-        sum += select<A>(first<A>(n), load_some(x, n) - about, Vec<A>{});
-        i = n;
-    }
-    return begin + sum_lanes<A>(sum) / A(i);
+    int64_t some = n < LANES ? n : std::min<int64_t>(n / LANES * LANES, 4 * LANES);
+    // Each has its share taken before they are added up: the sum of large numbers might be infinite.
+    Vec<A> about = splat<A>(begin), share = splat<A>(A(1) / A(some)), sum{};
+    for (int64_t i = 0; i + LANES <= some; i += LANES) sum += (load(x + i) - about) * share;
+    if (n < LANES) sum = select<A>(first<A>(n), (load_some(x, n) - about) * share, sum);
+    return begin + sum_lanes<A>(sum);
 }
 
 // The sums of n elements that read(sums, shift) adds. Where the shift turns out over half a deviation from the mean, the variance would come

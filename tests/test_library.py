@@ -147,6 +147,14 @@ def test_every_function_of_the_library_is_asked_for() -> None:
     assert set(re.findall(r"^NK_EXPORT \w+ (nk_\w+)\(", sources, re.MULTILINE)) == set(library._SYMBOLS)
 
 
+def test_kernels_for_arm64_pass_their_fuzzer_in_an_emulator(tmp_path: Path) -> None:
+    command = ["sh", str(Path(__file__).parent.parent / "native/fuzz-arm64.sh"), str(tmp_path), "50"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    if done.returncode == 77:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_libraries_older_than_sources_are_not_used(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package, native = tmp_path / "src" / "normkit", tmp_path / "native"
     (package / "lib").mkdir(parents=True)

@@ -139,7 +139,9 @@ def test_overwriting_stopped_at_any_instant_leaves_no_old_run(comparison: Path, 
         folder = Path(shutil.copytree(comparison, tmp_path / f"{operation}{count}"))
         with suppress(Stop), at_call(os, operation, count):
             compared(folder, settings=settings, data=once, overwrite=True)
-        found = compared(folder, settings=settings, data=once, overwrite=count % 2 == 0 or count == 1)["result"]["recipes"]
+        found = compared(folder, settings=settings, data=once, overwrite=count % 2 == 0 or count == 1)["result"][
+            "recipes"
+        ]
         for one, other in zip(found, wanted, strict=True):
             assert one["test_score"] == other["test_score"]
         assert len(trained(folder)) == 2

@@ -3,7 +3,6 @@
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normkit.core.card import Card, paper
@@ -15,6 +14,7 @@ from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, check_shape, divisors, show
 from normkit.engine.dispatch import Backend, run
+from normkit.engine.gate import gated
 from normkit.engine.layer import Cast, tokens_rule
 
 
@@ -220,14 +220,13 @@ def gated_rms_norm(
         return run(rule, input, weight, backend=backend)
     # Both products are taken in at least float32, and rounded once unless asked otherwise, as the authors' kernels do.
     wide = accumulation_dtype(input.dtype)
-    x, open_ = input.to(wide), None if gate is None else F.silu(gate.to(wide))
-    x = x if open_ is None or norm_before_gate else x * open_
+    x = input.to(wide) if gate is None or norm_before_gate else gated(input, gate, wide)
     if cast == "after weight":
         y = run(rule, x, weight, backend=backend)
     else:
         y = run(rule, x, backend=backend).to(input.dtype)
         y = y if weight is None else weight * y
-    return (y if open_ is None or not norm_before_gate else y * open_).to(input.dtype)
+    return gated(y, gate, input.dtype) if gate is not None and norm_before_gate else y.to(input.dtype)
 
 
 CARD = Card(

@@ -29,6 +29,8 @@ _SIGNATURES = {
     "nk_backward": "p" * 11,
     "nk_quantize": "p" * 6,
     "nk_dropout": "iiidpp",
+    "nk_gate": "iiippp",
+    "nk_gate_backward": "iiippppp",
     "nk_remember": "iiiddipppp",
     "nk_given": "pipppp",
     "nk_weight_forward": "pppp",

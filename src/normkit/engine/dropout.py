@@ -20,7 +20,7 @@ def drop(x: Tensor, p: float) -> Tensor:
     # plain() first: a compiler stops at what library() reads.
     if p >= 1 or not plain(x) or library() is None or not is_dense(x.shape, x.stride()):
         return F.dropout(x, p)
-    return _Drop.apply(x, p, int(torch.empty((), dtype=torch.int64).random_()))
+    return _Drop.apply(x, p, int(torch.empty((), dtype=torch.int64, device="cpu").random_()))
 
 
 def _drop(x: Tensor, p: float, seed: int) -> Tensor:
@@ -40,5 +40,5 @@ class _Drop(torch.autograd.Function):
         (dy,), form = arrived, ctx.form
         if not torch.is_grad_enabled() and plain(dy):
             return _drop(form.restore(dy), ctx.p, ctx.seed), None, None
-        ones = torch.empty_strided(form.shape, form.strides, dtype=form.dtype).fill_(1.0)
+        ones = torch.empty_strided(form.shape, form.strides, dtype=form.dtype, device="cpu").fill_(1.0)
         return dy * _drop(ones, ctx.p, ctx.seed), None, None

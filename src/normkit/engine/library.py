@@ -21,10 +21,11 @@ _LEVELS = {"x86-64-v4": 4, "x86-64-v3": 3, "baseline": 1}
 
 # Increase it, and what nk_abi in native/level.cpp returns, whenever a structure or the arguments of a function change: a library
 # of another version would misread what Python passes.
-_ABI = 3
+_ABI = 4
 _SYMBOLS = (
     *("nk_abi", "nk_level", "nk_set_threads"),
     *("nk_forward", "nk_measure", "nk_backward", "nk_given", "nk_remember", "nk_dropout", "nk_quantize"),
+    *("nk_gate", "nk_gate_backward"),
     *("nk_weight_forward", "nk_weight_backward", "nk_weights"),
     *("nk_response_forward", "nk_response_backward"),
     *("nk_window_forward", "nk_window_sum", "nk_window_backward"),
