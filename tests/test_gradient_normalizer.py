@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from normkit import NormalizerFreeBlock
-from normkit.activations.dynamic_tanh import predicted_betas
+from normkit.activations.normalizer_free import predicted_betas
 from normkit.core.errors import OptionError
 from normkit.functional import adaptive_gradient_clipping, normalize_gradients, scaled_activation
 from normkit.gradients import AdaptiveClipping, GradientNormalizer
@@ -227,6 +227,8 @@ def test_block_and_betas() -> None:
     x = torch.randn(4)
     assert_close(block(x), torch.relu(x / 2) + 0.5 * torch.tanh(x / 2))
     assert [beta**2 for beta in predicted_betas([True, False, True], 0.5)] == pytest.approx([1.0, 1.25, 1.5])
+    assert "NormalizerFreeBlock(\n  beta=2, alpha=0.5\n" in repr(block)
+    assert "(1): _Scale(1.5)" in repr(scaled_activation(nn.ReLU(), 1.5))
     with pytest.raises(OptionError, match="beta=0"):
         NormalizerFreeBlock(nn.Tanh(), beta=0)
 
