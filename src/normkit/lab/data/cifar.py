@@ -20,6 +20,8 @@ from normkit.lab.data.split import Data, Split, hold_out, subset
 
 _PLAIN = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
 _MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")  # of numpy 1 and 2
+# Part of the published training images that is held out to choose learning rates: 5,000 of 50,000.
+HELD_OUT = 0.1
 
 
 class _Inert:
@@ -108,10 +110,6 @@ def _array(value: Any) -> np.ndarray:
 
 def _text(value: Any) -> str:
     return value.decode("latin1") if isinstance(value, bytes) else str(value)
-
-
-# Part of the published training images that is held out to choose learning rates: 5,000 of 50,000.
-HELD_OUT = 0.1
 
 
 @dataclass(frozen=True)

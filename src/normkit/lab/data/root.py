@@ -15,6 +15,8 @@ from pathlib import Path
 from normkit.core.errors import ProtocolError
 
 VARIABLE = "NORMKIT_DATA"
+TIMEOUT = 60.0  # seconds without a byte
+_PIECE = 1 << 20
 
 
 def set_root(root: Path | None) -> None:
@@ -58,10 +60,6 @@ def data_root(root: Path | str | None = None, *, make: bool = False) -> Path:
     if not Path(given).is_dir():
         raise ProtocolError(f"{given} is no folder; give the one that holds the data sets by --data-root or {VARIABLE}")
     return Path(given)
-
-
-TIMEOUT = 60.0  # seconds without a byte
-_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)

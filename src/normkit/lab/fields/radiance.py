@@ -27,6 +27,9 @@ from normkit.lab.train.images import OK, descend, device, walk
 
 _FAR_AWAY = 1e10  # the last sample stands for all that lies behind it
 _FLOOR = 1e-5  # added to every weight, so that no part of a ray is never looked at
+VIEWS = 3  # held-out views that judge, as in the paper
+_PROBE = 2048  # pixels, of training views and of those that judge, that are measured along training
+_FALL = 0.1**0.8  # of the learning rate over a run: 0.1 each 250,000 steps, 200,000 steps
 
 
 @dataclass(frozen=True)
@@ -147,11 +150,6 @@ def psnr(error: float) -> float:
     import math
 
     return -10 * math.log10(max(error, 1e-12))
-
-
-VIEWS = 3  # held-out views that judge, as in the paper
-_PROBE = 2048  # pixels, of training views and of those that judge, that are measured along training
-_FALL = 0.1**0.8  # of the learning rate over a run: 0.1 each 250,000 steps, 200,000 steps
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 from normkit.core.errors import OptionError
 
+GROWTH, LAYERS, BOTTLENECK = 16, (6, 6, 6, 6), 2  # channels per layer, layers per block, channels between in growths
+CHANNELS, STRIDES = (64, 128, 256, 512), (1, 2, 2, 2)
+
 
 def scaled(channels: int, width: float) -> int:
     """Gives a number of channels times `width`, a factor above 0; rounded, at least 1."""
     if not 0 < width < float("inf"):
         raise OptionError(f"width is {width}; wanted a factor above 0, such as 0.5")
     return max(1, round(channels * width))
-
-
-GROWTH, LAYERS, BOTTLENECK = 16, (6, 6, 6, 6), 2  # channels per layer, layers per block, channels between in growths
 
 
 class DenseLayer(nn.Module):
@@ -195,9 +195,6 @@ def googlenet(classes: int = 10, width: float = 1.0) -> Inception:
     sizes = (3, scaled(64, width), scaled(64, width), scaled(192, width))
     stem = tuple(ConvUnit(wide, wider, 3, bias=False) for wide, wider in pairwise(sizes))
     return Inception(stem, FULL, classes, width, factorized=True, dropout=0.4)
-
-
-CHANNELS, STRIDES = (64, 128, 256, 512), (1, 2, 2, 2)
 
 
 class ResidualBlock(nn.Module):
