@@ -290,7 +290,7 @@ def run(study: Study, made: Made, bench: Bench, device: str) -> dict[str, Any]:
 
 def _lengths(settings: Settings, costs: Mapping[str, Any]) -> dict[str, int]:
     """How many epochs recipes with slower steps come through in the baseline's time."""
-    from normkit.lab.report.tables import within
+    from normkit.lab.report.experiment_tables import within
 
     if not settings.equal_time:
         return {}

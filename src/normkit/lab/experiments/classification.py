@@ -15,7 +15,7 @@ from normkit.lab.data.cifar import download_missing, source
 from normkit.lab.experiment import Bench, Drawing, Table
 from normkit.lab.experiments.runs import SEEDS_ALONE
 from normkit.lab.report import drawing
-from normkit.lab.report.tables import edges, rates_table, time_table
+from normkit.lab.report.experiment_tables import edges, rates_table, time_table
 from normkit.lab.say import counted
 from normkit.lab.stats import BETTER, WORSE, gain, judge_runs, mean, scored, spread, tell, tune, where
 from normkit.lab.train.cost import Costs
