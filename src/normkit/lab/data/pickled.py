@@ -75,9 +75,7 @@ def _made(value: Any) -> Any:
         if encoding != "latin1":
             raise ValueError(f"bytes in encoding {encoding!r}")
         return text.encode("latin1")
-    if isinstance(value, _Inert | type):
-        return _array(value)
-    return value
+    return _array(value) if isinstance(value, _Inert | type) else value
 
 
 def _array(value: Any) -> np.ndarray:

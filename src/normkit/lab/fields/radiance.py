@@ -179,9 +179,7 @@ class RadianceJob(Work, path="{0.subject}/{0.row}/rate={0.rate:g}/seed={0.seed}"
 
 def find_scene(name: str, reduce: int = 1) -> Scene:
     """Reads a scene from the folder in ``NORMKIT_DATA``; balls need no data; `reduce` is the side of the squares to average."""
-    if name == "spheres":
-        return spheres(max(8, 96 // reduce))
-    return llff(scene=name, reduce=reduce)
+    return spheres(max(8, 96 // reduce)) if name == "spheres" else llff(scene=name, reduce=reduce)
 
 
 def learn_scene(job: RadianceJob, folder: Path) -> dict[str, Any]:
