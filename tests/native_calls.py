@@ -119,7 +119,7 @@ def places(plan: NkPlan) -> Tensor:
     o, *axes = (torch.arange(n).view([-1 if d == e else 1 for e in range(5)]) for d, n in enumerate(shape_of(plan)))
     steps = (plan.per_far, plan.per_kept, plan.per_mid, plan.per_inner)
     first = o // plan.outer_div % plan.outer_mod * plan.outer_step
-    return sum((axis * step for axis, step in zip(axes, steps, strict=True)), first)
+    return first + sum(axis * step for axis, step in zip(axes, steps, strict=True))
 
 
 def definition(call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
