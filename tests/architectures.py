@@ -41,18 +41,10 @@ SPEECH = {
 }
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4, "vocab_size": 64}
 DETR = {
-    "d_model": 32,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "num_queries": 3,
-    "use_timm_backbone": False,
-    "use_pretrained_backbone": False,
-    "backbone": BACKBONE,
-}
+    "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_queries": 3, "use_timm_backbone": False,
+    "use_pretrained_backbone": False, "backbone": BACKBONE,
+}  # fmt: skip
 CONFIGURED: dict[str, dict[str, Any]] = {
     "Llama": GROUPED,
     "Mistral": GROUPED,

@@ -109,15 +109,10 @@ def write_run(out: Path, recipe: str, rate: float, seed: int, order: int, epochs
             condition[layer] = [raw, raw**0.55 if tamed else raw]
         metrics.append(
             {
-                "epoch": epoch,
-                "step": 17 * epoch,
-                "rate": rate * 0.5 * (1 + math.cos(math.pi * done)),
-                "train_loss": loss,
-                "val_loss": loss * 1.3 + 0.05,
-                "val_score": score,
-                "condition": condition,
+                "epoch": epoch, "step": 17 * epoch, "rate": rate * 0.5 * (1 + math.cos(math.pi * done)),
+                "train_loss": loss, "val_loss": loss * 1.3 + 0.05, "val_score": score, "condition": condition,
             }
-        )
+        )  # fmt: skip
         timing.append({"epoch": epoch, "seconds": round(17 * milliseconds / 1000 * noise.uniform(0.97, 1.06), 4)})
     record.write_lines(folder / "metrics.jsonl", metrics)
     scores = [line["val_score"] for line in metrics]

@@ -18,8 +18,7 @@ from normkit.engine.prepared import NkPlan
 
 _gelu_tanh = partial(F.gelu, approximate="tanh")
 ACTIVATIONS: list[Callable] = [lambda y: y, torch.relu, F.silu, F.gelu, _gelu_tanh, F.leaky_relu]
-
-
+AXES = ("outer", "far", "kept", "mid", "inner")
 # Relative to the largest element of what is compared: a few roundings of the type that it is kept in.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
@@ -37,11 +36,9 @@ def in_threads(*counts: int) -> Iterator[int]:
 
 def make_plan(dtype: torch.dtype = torch.float32, parameter_dtype: torch.dtype | None = None, **fields: Any) -> NkPlan:
     plan = NkPlan()
-    for name in ("outer", "far", "kept", "mid", "inner", "outer_div", "outer_mod", "parameters", "centred", "scale"):
-        setattr(plan, name, 1)
-    plan.eps = 1e-5
-    plan.type, plan.parameter_type = TYPES[dtype], TYPES[parameter_dtype or dtype]
-    for name, value in fields.items():
+    ones = dict.fromkeys((*AXES, "outer_div", "outer_mod", "parameters", "centred", "scale"), 1)
+    types = {"type": TYPES[dtype], "parameter_type": TYPES[parameter_dtype or dtype]}
+    for name, value in {**ones, "eps": 1e-5, **types, **fields}.items():
         setattr(plan, name, value)
     return plan
 
@@ -66,10 +63,6 @@ def shape_of(plan: NkPlan) -> tuple[int, ...]:
     return plan.outer, plan.far, plan.kept, plan.mid, plan.inner
 
 
-def address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 @dataclass
 class Call:
     """One plan with its tensors; run() fills what the kernels write."""
@@ -92,10 +85,8 @@ class Call:
 
     def forward(self) -> Tensor:
         if self.inverse is None:
-            statistics = self.plan.outer * self.plan.kept
-            self.inverse = torch.empty(statistics, dtype=self.wide)
-            self.variance = torch.empty(statistics, dtype=self.wide)
-            self.center = torch.empty(statistics, dtype=self.wide) if self.plan.centred else None
+            inverse, variance, center = torch.empty(3, self.plan.outer * self.plan.kept, dtype=self.wide)
+            self.inverse, self.variance, self.center = inverse, variance, center if self.plan.centred else None
         self.y = torch.empty_like(self.x) if self.y is None else self.y
         self.total = None if self.residual is None else torch.empty_like(self.x)
         given = (self.x, self.residual, self.weight, self.bias)
@@ -119,19 +110,16 @@ class Call:
     def status(self, name: str, *tensors: Tensor | None) -> int:
         kernels = library()
         assert kernels is not None
-        function = getattr(kernels, name)
-        arguments = (ctypes.c_void_p(address(tensor)) for tensor in tensors)
-        return function(ctypes.c_void_p(ctypes.addressof(self.plan)), *arguments)
+        arguments = (ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors)
+        return getattr(kernels, name)(ctypes.c_void_p(ctypes.addressof(self.plan)), *arguments)
 
 
 def places(plan: NkPlan) -> Tensor:
     """Where the parameters of each element are."""
     o, *axes = (torch.arange(n).view([-1 if d == e else 1 for e in range(5)]) for d, n in enumerate(shape_of(plan)))
     steps = (plan.per_far, plan.per_kept, plan.per_mid, plan.per_inner)
-    place = o // plan.outer_div % plan.outer_mod * plan.outer_step
-    for axis, step in zip(axes, steps, strict=True):
-        place = place + axis * step
-    return place
+    first = o // plan.outer_div % plan.outer_mod * plan.outer_step
+    return first + sum(axis * step for axis, step in zip(axes, steps, strict=True))
 
 
 def definition(call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
@@ -167,13 +155,12 @@ def near(found: Tensor | None, wanted: Tensor, dtype: torch.dtype, factor: float
 def random_call(chance: random.Random, sizes: tuple[int, ...]) -> Call:
     if sizes[1] > 1 and sizes[3] * sizes[4] < 1024:  # short pieces apart are other kernels'
         sizes = (*sizes[:4], sizes[4] + 1024)
-    plan_sizes = dict(zip(("outer", "far", "kept", "mid", "inner"), sizes, strict=True))
-    fields: dict[str, Any] = {**plan_sizes}
+    fields: dict[str, Any] = dict(zip(AXES, sizes, strict=True))
     parameters = 1
-    for axis in ("inner", "mid", "kept", "far"):  # those that parameters vary along, in the order of memory
+    for axis in AXES[:0:-1]:  # those that parameters vary along, in the order of memory
         if chance.random() < 0.5:
             fields[f"per_{axis}"] = parameters
-            parameters *= plan_sizes[axis]
+            parameters *= fields[axis]
     if chance.random() < 0.5:
         div = chance.choice([d for d in (1, 2, 3) if d <= sizes[0]])
         mod = chance.choice([1, 2, 3, -(-sizes[0] // div)])

@@ -1,7 +1,6 @@
 """Parameters that surgery sets: calibrated norms, data-dependent initialization, hard spectral norms."""
 
 import copy
-from copy import deepcopy
 
 import pytest
 import torch
@@ -30,7 +29,7 @@ def trained_batch_norms() -> nn.Sequential:
 @pytest.mark.parametrize("to", ["gn:4", "ln", "in", "dyt"])
 def test_calibration_fits_new_norms_to_what_the_old_ones_gave(to):
     model, batches = trained_batch_norms(), [torch.randn(16, 3, 6, 6).double() + 1 for _ in range(4)]
-    swapped, state = convert(deepcopy(model), to).model, deepcopy(model.state_dict())
+    swapped, state = convert(copy.deepcopy(model), to).model, copy.deepcopy(model.state_dict())
     wanted = torch.cat([model(x) for x in batches])
 
     def error(other):
@@ -81,16 +80,10 @@ def test_every_channel_keeps_its_mean_and_deviation_in_the_changed_model():
 
 
 def _model() -> nn.Sequential:
+    first, second = nn.Conv2d(3, 6, 3, groups=3), nn.ConvTranspose2d(6, 4, 3, stride=2)
     return nn.Sequential(
-        weight_norm(nn.Conv2d(3, 6, 3, groups=3)),
-        nn.ReLU(),
-        weight_norm(nn.ConvTranspose2d(6, 4, 3, stride=2), dim=1),
-        nn.BatchNorm2d(4),
-        nn.Tanh(),
-        nn.Flatten(),
-        theirs.weight_norm(nn.Linear(4 * 9 * 9, 5)),
-        nn.ReLU(),
-        weight_norm(nn.Linear(5, 1), dim=None),
+        *(weight_norm(first), nn.ReLU(), weight_norm(second, dim=1), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten()),
+        *(theirs.weight_norm(nn.Linear(4 * 9 * 9, 5)), nn.ReLU(), weight_norm(nn.Linear(5, 1), dim=None)),
     ).double()
 
 
@@ -146,7 +139,6 @@ def test_a_layer_without_bias_is_scaled_alone_and_hooks_see_what_they_saw() -> N
 
 
 def test_low_precision_and_layers_that_are_not_reached() -> None:
-
     parts = {name: weight_norm(nn.Linear(4, 4)) for name in ("twice", "unused")}
     model = wired(lambda self, x: self.twice(self.twice(x)), **parts).bfloat16()
     x = torch.randn(64, 4).bfloat16()

@@ -19,8 +19,9 @@ from torch.testing import assert_close
 from normkit.core.errors import OptionError, ProtocolError
 from normkit.lab.data import cifar
 from normkit.lab.data.augment import FlipAndCrop, Standardize
-from normkit.lab.data.cifar import cifar10, cifar100, download_missing, read_pickle
-from normkit.lab.data.root import Archive, download
+from normkit.lab.data.cifar import cifar10, cifar100, download_missing
+from normkit.lab.data.download import Archive, download
+from normkit.lab.data.pickled import read_pickle
 from normkit.lab.data.split import Data, Split
 from normkit.lab.models.convolutional import inception8
 from normkit.lab.protocol import DATA, check_fit, load_factory, make_data

@@ -19,6 +19,7 @@ from comparison_records import write_comparison
 from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record, stats, task
 from normkit.lab.comparison import _begun_with, _planned, remarks, tables
+from normkit.lab.report.wording import judge
 from normkit.lab.rounds import fit, measure
 from normkit.lab.settings import Settings
 from normkit.lab.stats import detectable, holm, over_seeds, over_seeds_and_samples, paired_interval
@@ -139,12 +140,9 @@ def test_a_budget_is_kept(budget: float, seconds: list[float], epochs: int, exte
     assert found.epochs == epochs or (len(found.rates), len(found.seeds)) == (3, 3)
 
 
-def test_a_budget_too_small_for_an_epoch() -> None:
+def test_a_budget_is_planned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OptionError, match=r"budget is 12 s; 3 rates and 3 seeds .* about 89 s; wanted at least that"):
         fit(Settings(budget=12.0), {"bn": 10.5})
-
-
-def test_a_budget_is_planned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings, text = replace(SMALL, rates=(), seeds=(0,), budget=60.0), StringIO()
     monkeypatch.setattr("normkit.lab.comparison.measure", lambda made: {"keep": 0.5, "keep+e": 0.7})
     first = ran(tmp_path, settings, text)
@@ -263,17 +261,10 @@ def test_equals_scipy(count: int, level: float) -> None:
     assert (found.high, found.mean) == (pytest.approx(expected.high, rel=1e-9), pytest.approx(np.mean(ours - theirs)))
 
 
-@pytest.mark.parametrize(
-    ("differences", "mean", "end"), [([], None, None), ([0.25], 0.25, None), ([0.5] * 3, 0.5, 0.5)]
-)
-def test_few_and_equal_differences(differences: list[float], mean: float | None, end: float | None) -> None:
-    found = paired_interval(differences)
-    assert (found.mean, found.low, found.high) == (mean, end, end)
-
-
-def test_differences_that_agree_to_the_last_digit_decide_nothing() -> None:
-    from normkit.lab.report.wording import judge
-
+def test_few_and_equal_differences_decide_nothing() -> None:
+    for differences, mean, end in (([], None, None), ([0.25], 0.25, None), ([0.5] * 3, 0.5, 0.5)):
+        found = paired_interval(differences)
+        assert (found.mean, found.low, found.high) == (mean, end, end)
     paired = {"mean": 0.01, "low": 0.01, "high": 0.01, "n": 3}
     recipe = {"recipe": "bn+e", "test_score": {"mean": 0.9, "n": 3}, "runs": [{"status": "ok"}], "paired": paired}
     assert judge(recipe, "bn") == "even"

@@ -45,19 +45,13 @@ def test_a_condition_number_is_a_ratio_of_singular_values() -> None:
 def test_every_layer_is_found_whatever_it_carries() -> None:
     model = nn.ModuleDict(
         {
-            "plain": nn.Linear(4, 3),
-            "ours": weight_conditioning(nn.Conv2d(3, 4, 3)),
-            "length": weight_norm(nn.Linear(4, 3)),
-            "spectral": spectral_norm(nn.Linear(4, 3)),
-            "torch's": parametrizations.orthogonal(nn.Linear(4, 3)),
-            "transposed": nn.ConvTranspose2d(3, 4, 3),
-            "attention": nn.MultiheadAttention(4, 2),
-            "recurrent": nn.GRU(3, 4),
-            "norm": nn.LayerNorm((3, 4)),
-            "batch": nn.BatchNorm1d(3),
-            "words": nn.Embedding(7, 3),
+            "plain": nn.Linear(4, 3), "ours": weight_conditioning(nn.Conv2d(3, 4, 3)),
+            "length": weight_norm(nn.Linear(4, 3)), "spectral": spectral_norm(nn.Linear(4, 3)),
+            "torch's": parametrizations.orthogonal(nn.Linear(4, 3)), "transposed": nn.ConvTranspose2d(3, 4, 3),
+            "attention": nn.MultiheadAttention(4, 2), "recurrent": nn.GRU(3, 4), "norm": nn.LayerNorm((3, 4)),
+            "batch": nn.BatchNorm1d(3), "words": nn.Embedding(7, 3),
         }
-    )
+    )  # fmt: skip
     before = copy.deepcopy(model.state_dict())
     modes = [module.training for module in model.modules()]
     found = weight_conditions(model)

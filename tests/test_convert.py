@@ -268,16 +268,12 @@ def test_a_change_through_which_tokens_see_later_ones_says_so(norm, to):
 @pytest.mark.parametrize(
     ("norm", "to", "told"),
     [
-        (LayerNorm(8, over="c"), "gn:4", True),
-        (LayerNorm(8, over="c"), "ln:c *", True),
-        (LayerNorm(8, over="c"), "rms", False),
-        (LayerNorm(8, over="c"), "rms:c", False),
-        (LayerNorm(8, over="c *"), "gn:4", False),
-        (nn.LayerNorm((4, 8)), "rms", False),
-        (nn.GroupNorm(2, 8), "bn", False),
-        (nn.BatchNorm2d(8), "ln", False),
+        (LayerNorm(8, over="c"), "gn:4", True), (LayerNorm(8, over="c"), "ln:c *", True),
+        (LayerNorm(8, over="c"), "rms", False), (LayerNorm(8, over="c"), "rms:c", False),
+        (LayerNorm(8, over="c *"), "gn:4", False), (nn.LayerNorm((4, 8)), "rms", False),
+        (nn.GroupNorm(2, 8), "bn", False), (nn.BatchNorm2d(8), "ln", False),
     ],
-)
+)  # fmt: skip
 def test_only_norms_of_each_position_can_begin_to_leak(norm, to, told):
     model = nn.Sequential(nn.Conv1d(8, 8, 1), norm)  # which may be causal
     assert ("over positions" in convert(model, to).rows[0].note) == told

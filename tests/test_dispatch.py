@@ -23,10 +23,11 @@ from normkit.core.support import Split
 from normkit.engine import abi, closed_form
 from normkit.engine.library import library, why_not
 
-SCALES = ["rms", "norm", "max", "range", "std"]
+BACKENDS = ["reference", "closed", "auto", *(["native"] if library() else [])]
+needs_kernels = pytest.mark.skipif(library() is None, reason=f"no native kernels: {why_not()}")
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", ["rms", "norm", "max", "range", "std"])
 def test_a_star_of_no_axes_reduces_nothing(scale: str) -> None:
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     support = nk.Support("n c *", over="*")
@@ -75,10 +76,8 @@ def test_a_wholly_masked_sample_leaves_the_others_their_say() -> None:
 
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu", "gelu", "gelu_tanh"])
-@pytest.mark.parametrize("backend", ["reference", "closed", "auto", *(["native"] if library() else [])])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_activation_follows_in_the_same_pass(activation: Any, backend: Any) -> None:
-    if backend == "native" and library() is None:
-        pytest.skip("the kernels are not built")
     x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
     after = {"relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu, "gelu": F.gelu}
     after["gelu_tanh"] = lambda y: F.gelu(y, approximate="tanh")
@@ -95,15 +94,12 @@ def test_an_activation_follows_in_the_same_pass(activation: Any, backend: Any) -
         assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("backend", ["reference", "closed", "native", "auto"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_sum_with_a_residual_is_normalized_and_handed_over(backend: Any) -> None:
     x, residual = (torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     for norm in (nk.LayerNorm(5, activation="silu"), nk.GroupNorm(2, 4), nk.BatchNorm(4)):
         norm.double().backend = backend
-        try:
-            y, total = norm.after_sum(x, residual)
-        except nk.errors.BackendError:
-            pytest.skip("the kernels are not built")
+        y, total = norm.after_sum(x, residual)
         assert_close(total, x + residual, rtol=0, atol=0)
         assert_close(y, norm(x + residual), rtol=1e-12, atol=1e-12)  # the same numbers, normalized alike
         inputs = [x, residual, *norm.parameters()]
@@ -114,13 +110,7 @@ def test_the_sum_with_a_residual_is_normalized_and_handed_over(backend: Any) -> 
         norm.after_sum(x, residual[:1])
 
 
-def test_an_activation_that_is_not_known_is_refused_and_surgery_does_not_lose_one() -> None:
-    for refuse in (
-        lambda: nk.LayerNorm(5, activation="tanh"),
-        lambda: setattr(nk.GroupNorm(1, 2), "activation", "tanh"),
-    ):  # pyright: ignore[reportArgumentType]
-        with pytest.raises(nk.errors.OptionError, match="activation='tanh': wanted one of relu"):
-            refuse()
+def test_surgery_does_not_lose_an_activation() -> None:
     model = torch.nn.Sequential(torch.nn.Conv1d(3, 4, 1), nk.BatchNorm(4, activation="relu"))
     nk.convert(model, "gn:2")
     assert model[1].activation == "relu"
@@ -207,12 +197,10 @@ def test_under_the_floor_the_scale_is_a_constant(eps: float, below: float, dtype
 
 # Rounding errors of the kernels against float64: no larger than torch's, whatever the mean, the layout and the dtype
 
-needs_accuracy = pytest.mark.skipif(library() is None, reason=f"no native kernels: {why_not()}")
-
 accuracy = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "accuracy.py")))
 
 
-@needs_accuracy
+@needs_kernels
 @pytest.mark.parametrize("dtype", accuracy.DTYPES, ids=str)
 @pytest.mark.parametrize("method", accuracy.METHODS, ids=lambda m: m.name)
 def test_errors_are_at_most_torch_s(method: Any, dtype: torch.dtype) -> None:
@@ -223,7 +211,7 @@ def test_errors_are_at_most_torch_s(method: Any, dtype: torch.dtype) -> None:
             assert cell.excess() <= 1, cell
 
 
-@needs_accuracy
+@needs_kernels
 @pytest.mark.parametrize("scale", [1e-23, 1e-30, 1e22])
 @pytest.mark.parametrize("shape", [(6, 40), (3, 9000), (4, 8, 6, 6), (300, 700)])
 def test_squares_beyond_float32_do_not_spoil_a_set(shape: tuple[int, ...], scale: float) -> None:
@@ -235,7 +223,6 @@ def test_squares_beyond_float32_do_not_spoil_a_set(shape: tuple[int, ...], scale
         assert_close(norm(x).double(), exact(x.double()), rtol=1e-5, atol=1e-6)  # float32
 
 
-needs_kernels = pytest.mark.skipif(library() is None, reason=f"no native kernels: {why_not()}")
 LAYERS = [card for card in ACTIVATIONS if card.exact_gradient and card.extra is None]
 NORMS: list[tuple[Callable[..., Any], tuple[int, ...]]] = [
     (nk.LayerNorm, (6, 4)),
@@ -252,12 +239,8 @@ def gradients(made: nn.Module, card: Card, x: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(y.square().sum(), [z, *made.parameters()], allow_unused=True))
 
 
-def contiguous(t: Tensor) -> Tensor:
-    return t.contiguous()
-
-
 @pytest.mark.parametrize("card", LAYERS, ids=name)
-@pytest.mark.parametrize("back", [contiguous, Tensor.clone], ids=["contiguous", "clone"])
+@pytest.mark.parametrize("back", [Tensor.contiguous, Tensor.clone], ids=["contiguous", "clone"])
 def test_saved_tensors_may_come_back_in_another_form(card: Card, back: Callable[[Tensor], Tensor]) -> None:
     made = layer(card, dtype=torch.float32)
     x = sample_input(card, dtype=torch.float32)
@@ -272,18 +255,12 @@ def test_saved_tensors_may_come_back_in_another_form(card: Card, back: Callable[
 
 @needs_kernels
 @pytest.mark.parametrize(("make", "shape"), NORMS)
-def test_a_saved_tensor_may_come_back_wider(make: Callable[..., nn.Module], shape: tuple[int, ...]) -> None:
+def test_a_saved_tensor_may_come_back_wider_but_not_shorter(make: Callable[..., Any], shape: tuple[int, ...]) -> None:
     made, x = make(4), torch.randn(shape, requires_grad=True)
     wanted = torch.autograd.grad(made(x).square().sum(), x)
     with torch.autograd.graph.saved_tensors_hooks(Tensor.double, lambda t: t):
         found = torch.autograd.grad(made(x).square().sum(), x)
     assert_close(found, wanted)
-
-
-@needs_kernels
-@pytest.mark.parametrize(("make", "shape"), NORMS)
-def test_a_saved_tensor_of_another_shape_is_refused(make: Callable[..., nn.Module], shape: tuple[int, ...]) -> None:
-    x = torch.randn(shape, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t[:1] if t.dim() > 1 else t):
         y = make(4)(x)
         with pytest.raises(RuntimeError):

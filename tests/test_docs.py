@@ -41,9 +41,8 @@ def blocks(text: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*(LeafSpec|pin_memory|num_workers|log_every_n_steps):Warning"
-)  # other people's trainers
+# Of other people's trainers.
+@pytest.mark.filterwarnings("ignore:.*(LeafSpec|pin_memory|num_workers|log_every_n_steps):Warning")
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_every_block_of_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
@@ -68,9 +67,8 @@ def test_every_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 def anchors(text: str) -> set[str]:
     """The anchors of a page's headings, as GitHub and mkdocs make them."""
-    heads = re.findall(
-        r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), flags=re.MULTILINE
-    )
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    heads = re.findall(r"^#+ (.+)$", prose, flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
 
 
@@ -111,10 +109,12 @@ def test_the_map_of_the_readme_is_the_tree() -> None:
     assert listed == there
 
 
-def test_every_page_is_in_the_menu() -> None:
-    menu = (ROOT / "mkdocs.yml").read_text()
-    for path in (*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/reference").glob("*.md")):
+def test_every_page_is_in_the_menu_and_on_the_first_page() -> None:
+    menu, first = (ROOT / "mkdocs.yml").read_text(), (ROOT / "docs/index.md").read_text()
+    pages = list((ROOT / "docs").glob("*.md"))
+    for path in (*pages, *(ROOT / "docs/reference").glob("*.md")):
         assert f"- {path.relative_to(ROOT / 'docs')}" in menu
+    assert [path.name for path in pages if f"({path.name})" not in first] == ["index.md"]
 
 
 def test_the_reference_has_every_name_once() -> None:
@@ -166,13 +166,9 @@ def test_the_page_of_what_we_lean_on_is_current() -> None:
     used = internals()
     for name in used:
         assert any(f"{name}.".startswith(f"{listed}.") for listed in first), f"{name}, used in {used[name]}"
+        assert resolve_name(name) is not None
     for listed in first:
         assert any(f"{name}.".startswith(f"{listed}.") for name in used), f"{listed} is used no more"
-
-
-def test_what_we_lean_on_is_there() -> None:
-    for name in internals():
-        assert resolve_name(name) is not None
 
 
 def test_the_compiler_reads_the_mark_that_we_set() -> None:
@@ -215,12 +211,6 @@ def test_the_readme_shows_every_command() -> None:
     commands = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
     assert "bench" in commands
     assert [name for name in commands if f"\n    normkit {name} " not in text] == []
-
-
-def test_the_first_page_links_every_other() -> None:
-    text = (ROOT / "docs/index.md").read_text()
-    others = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
-    assert [name for name in others if f"({name})" not in text] == []
 
 
 # The method that CONTRIBUTING adds in one file really gets everything

@@ -1,17 +1,160 @@
-"""What follows a norm in the same layer: dropout that stores no mask, and rows rounded to int8."""
+"""What a layer does in one pass with its norm: dropout without a mask, int8 rows, and a backward pass by the output alone."""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import normkit as nk
-from normkit.core.errors import OptionError
+from normkit.catalogue.methods import METHODS
+from normkit.core.errors import BackendError, OptionError
 from normkit.engine.library import library, why_not
 
 pytestmark = pytest.mark.skipif(library() is None, reason=f"no native kernels: {why_not()}")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+
+# (N, 16, 9, 9), by kernels for sets that lie together, for lanes, and with a gain per channel, group or element.
+LAYERS: dict[str, Callable[..., Any]] = {
+    "batch": lambda **options: nk.BatchNorm(16, **options),
+    "instance": lambda **options: nk.InstanceNorm(16, affine=True, **options),
+    "group": lambda **options: nk.GroupNorm(4, 16, **options),
+    "layer": lambda **options: nk.LayerNorm((9, 9), **options),
+    "layer over channels": lambda **options: nk.LayerNorm(16, over="c", **options),
+    "rms": lambda **options: nk.RMSNorm((16, 9, 9), offset=1.0, bias=True, **options),
+    "without parameters": lambda **options: nk.LayerNorm((9, 9), elementwise_affine=False, **options),
+}
+
+
+def made(kind: str, **options: Any) -> Any:
+    layer = LAYERS[kind](**options)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in layer.named_parameters():  # gains of both signs, not near zero
+        values = torch.rand(parameter.shape, generator=generator) + 0.5
+        signs = torch.randn(parameter.shape, generator=generator).sign()
+        parameter.data = values * signs - (getattr(layer, "offset", 0.0) if name == "weight" else 0)
+    return layer
+
+
+def gradients(layer: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    y = layer(x)
+    return [y, *torch.autograd.grad(y, [x, *layer.parameters()], dy)]
+
+
+def both(kind: str, **options: Any) -> list[Any]:
+    """The layer that keeps its input, and the one that keeps its output."""
+    return [made(kind, save=save, **options) for save in ("input", "output")]
+
+
+def test_every_method_that_takes_it_is_here() -> None:
+    layers = [card for card in METHODS if card.kind == "activation"]
+    taking = [card.module for card in layers if "save" in inspect.signature(card.module).parameters]
+    assert {*taking} == {type(make()) for make in LAYERS.values()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", [None, "leaky_relu"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_are_the_usual_ones(name: str, activation: str | None, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layers = [layer.to(dtype) for layer in both(name, activation=activation)]
+    for memory in (torch.contiguous_format, torch.channels_last):
+        x = (3 * torch.randn(4, 16, 9, 9) + 5).to(dtype).to(memory_format=memory)
+        dy = torch.randn_like(x)
+        usual, found = (gradients(layer, x, dy) for layer in layers)
+        assert torch.equal(usual[0], found[0])
+        for one, other in zip(found[1:], usual[1:], strict=True):
+            # A normalized input is off by eps (|normalized| + |bias / gain|), up to 6 eps here, and sums of them by less.
+            room = 8 * torch.finfo(dtype).eps * float(other.abs().max())
+            assert_close(one, other, rtol=0, atol=room)
+
+
+def kept_bytes(model: nn.Module, x: Tensor) -> int:
+    sizes: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        _y = model(x.clone().requires_grad_())
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_tensor_less_is_kept_before_a_convolution(name: str) -> None:
+    x = torch.randn(4, 16, 9, 9)
+    layers = both(name, activation="leaky_relu")
+    usual, ours = (kept_bytes(nn.Sequential(layer, nn.Conv2d(16, 4, 3)), x) for layer in layers)
+    assert usual - ours == x.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gain_that_is_too_small_is_refused_in_training(dtype: torch.dtype) -> None:
+    layer = nk.BatchNorm(4, save="output", dtype=dtype)
+    x, few = torch.randn(8, 4, dtype=dtype, requires_grad=True), torch.finfo(dtype).eps ** 0.5
+    layer.weight.data[2], layer.bias.data[2] = few, 0.9
+    layer(x).sum().backward()
+    layer.bias.data[2] = 1.2
+    with torch.no_grad():
+        layer(x)  # nothing is undone without a backward pass
+    with pytest.raises(
+        OptionError, match=r"can't undo a gain of .* \(element 2 of 4, 1 are too small\), wanted at least"
+    ):
+        layer(x)
+    layer.eval()(x).sum().backward()  # by given statistics the input is kept
+
+
+def test_second_and_batched_derivatives_are_refused() -> None:
+    layer, x = nk.LayerNorm(8, save="output"), torch.randn(3, 8, requires_grad=True)
+    y = layer(x)
+    with pytest.raises(BackendError, match="no second derivatives"):
+        torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(BackendError, match="batched gradients"):
+        torch.autograd.grad(y, x, torch.randn(2, 3, 8), is_grads_batched=True)
+
+
+def test_contexts() -> None:
+    torch.manual_seed(0)
+    layers = both("batch", activation="leaky_relu")
+    x, dy = torch.randn(4, 16, 9, 9), torch.randn(4, 16, 9, 9)
+
+    def by_autocast(layer: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer(x)
+
+    def after_sum(layer: nn.Module, x: Tensor) -> Tensor:
+        y, total = layer.after_sum(x, 2 * x)
+        return y + total
+
+    for context in (partial(checkpoint, use_reentrant=False), by_autocast, after_sum):
+        found, wanted = [], []
+        for layer, into in zip(layers, (wanted, found), strict=True):
+            t = x.clone().requires_grad_()
+            into += torch.autograd.grad(context(layer, t), [t, *layer.parameters()], dy)
+        assert_close(found, wanted, rtol=1e-4, atol=1e-4)  # float32, sums of 324 numbers
+    usual, ours = (torch.func.grad(lambda t, norm=norm: (norm(t) * dy).sum())(x) for norm in both("group"))
+    assert torch.equal(usual, ours)  # under transforms the input is kept
+    y = layers[1](x.clone().requires_grad_())
+    y.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_accelerate_hands_it_to_the_layers() -> None:
+    class NormReLU(nn.LayerNorm):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).relu()
+
+    done = nk.accelerate(nn.Sequential(nn.LayerNorm(8), NormReLU(8)), save="output")
+    assert [norm.save for norm in done.model.children()] == ["output", "input"]
+    assert "keeps its input" in str(done)
 
 
 @DTYPES
@@ -42,24 +185,15 @@ def test_gradients_through_dropout() -> None:
 
     assert torch.autograd.gradcheck(seeded, x)
     assert torch.autograd.gradgradcheck(seeded, x)
-    found = []
-    for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=False)):
-        torch.manual_seed(0)
-        found += torch.autograd.grad(run(x).square().sum(), x)
-    assert torch.equal(*found)
-    assert found[0].count_nonzero() > 0
+    again = checkpoint(seeded, x, use_reentrant=False)
+    (found,), (wanted,) = (torch.autograd.grad(y.square().sum(), x) for y in (again, seeded(x)))
+    assert torch.equal(found, wanted)
+    assert found.count_nonzero() > 0
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     assert 0 < (compiled(x) == 0).sum() < x.numel()
     y, total = layer.after_sum(x, x)
     assert 0 < (y == 0).sum() < y.numel()
     assert torch.equal(total, 2 * x)
-
-
-def test_dropout_out_of_range_or_ignored_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"LayerNorm: dropout=1.5; wanted a probability from 0 to 1"):
-        nk.LayerNorm(4, dropout=1.5)
-    with pytest.raises(OptionError, match="of a layer that takes one"):
-        nk.AdaLayerNorm(4, 4).dropout = 0.5
 
 
 @DTYPES

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from normkit import NormalizerFreeBlock
-from normkit.activations.dynamic_tanh import predicted_betas
+from normkit.activations.normalizer_free import predicted_betas
 from normkit.core.errors import OptionError
 from normkit.functional import adaptive_gradient_clipping, normalize_gradients, scaled_activation
 from normkit.gradients import AdaptiveClipping, GradientNormalizer
@@ -19,13 +19,8 @@ from normkit.weights.weight_standardization import RELU_GAIN
 
 
 def network() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv1d(4, 6, 3, groups=2),
-        nn.ConvTranspose1d(6, 4, 3, groups=2),
-        nn.Flatten(),
-        nn.Linear(20, 3),
-        nn.LayerNorm(3),
-    ).double()
+    grouped = nn.Conv1d(4, 6, 3, groups=2), nn.ConvTranspose1d(6, 4, 3, groups=2)
+    return nn.Sequential(*grouped, nn.Flatten(), nn.Linear(20, 3), nn.LayerNorm(3)).double()
 
 
 def backward(model: nn.Module, scale: float = 1.0) -> dict[str, Tensor]:
@@ -71,19 +66,14 @@ def test_centralised_gradients_sum_to_zero_over_what_feeds_a_unit() -> None:
         central = backward(model)
     zero = torch.zeros((), dtype=torch.float64)
     assert_close(central["0.weight"].sum((1, 2)), zero.expand(6), rtol=0, atol=1e-12)
-    by_group = central["1.weight"].view(
-        2, 3, 2, 3
-    )  # (groups, in, out, taps): an output unit is fed by its group's inputs
+    # (groups, in, out, taps): an output unit is fed by its group's inputs.
+    by_group = central["1.weight"].view(2, 3, 2, 3)
     assert_close(by_group.sum((1, 3)), zero.expand(2, 2), rtol=0, atol=1e-12)
     assert_close(central["3.weight"].sum(1), zero.expand(3), rtol=0, atol=1e-12)
     for name in ("0.bias", "3.bias", "4.weight"):
         assert_close(central[name], plain[name], rtol=0, atol=0)
     assert_close(central["3.weight"], plain["3.weight"] - plain["3.weight"].mean(1, keepdim=True))
-
-
-def test_centralised_first_then_of_unit_length() -> None:
-    model = network()
-    with GradientNormalizer(model, "tensor", centralize=True):
+    with GradientNormalizer(model, "tensor", centralize=True):  # and then of unit length
         found = backward(model)["3.weight"]
     assert_close(found.norm(), torch.tensor(1.0).double())
     assert_close(found.sum(1), torch.zeros(3).double(), rtol=0, atol=1e-12)
@@ -227,6 +217,8 @@ def test_block_and_betas() -> None:
     x = torch.randn(4)
     assert_close(block(x), torch.relu(x / 2) + 0.5 * torch.tanh(x / 2))
     assert [beta**2 for beta in predicted_betas([True, False, True], 0.5)] == pytest.approx([1.0, 1.25, 1.5])
+    assert "NormalizerFreeBlock(\n  beta=2, alpha=0.5\n" in repr(block)
+    assert "(1): _Scale(1.5)" in repr(scaled_activation(nn.ReLU(), 1.5))
     with pytest.raises(OptionError, match="beta=0"):
         NormalizerFreeBlock(nn.Tanh(), beta=0)
 

@@ -144,15 +144,9 @@ def test_functions_take_torchs_keywords(which: str) -> None:
     wanted = [key for key in inspect.signature(theirs).parameters if key != "cudnn_enabled"]
     assert list(inspect.signature(ours).parameters)[: len(wanted)] == wanted
     values: dict[str, Tensor | float | bool | tuple[int, ...]] = {
-        "input": torch.randn(2, 4, 6),
-        "running_mean": torch.zeros(4),
-        "running_var": torch.ones(4),
-        "normalized_shape": (6,),
-        "num_groups": 2,
-        "size": 3,
-        "k": 1.0,
-        "eps": 1e-3,
-    }
+        "input": torch.randn(2, 4, 6), "running_mean": torch.zeros(4), "running_var": torch.ones(4),
+        "normalized_shape": (6,), "num_groups": 2, "size": 3, "k": 1.0, "eps": 1e-3,
+    }  # fmt: skip
     size = 6 if "normalized_shape" in wanted else 4
     values |= {"weight": torch.rand(size), "bias": torch.rand(size)}
     given = {key: value for key, value in values.items() if key in wanted}

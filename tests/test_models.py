@@ -59,15 +59,11 @@ SMALL: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize(
     ("factory", "ten", "hundred"),
     [
-        (inception8, 260_650, 272_260),
-        (densenet, 239_146, 255_796),
-        (googlenet, 6_310_314, 6_402_564),
-        (resnet18, 11_173_962, 11_220_132),
-        (resnet50, 23_520_842, 23_705_252),
-        (vit_tiny, 2_693_578, 2_710_948),
+        (inception8, 260_650, 272_260), (densenet, 239_146, 255_796), (googlenet, 6_310_314, 6_402_564),
+        (resnet18, 11_173_962, 11_220_132), (resnet50, 23_520_842, 23_705_252), (vit_tiny, 2_693_578, 2_710_948),
         (vit_s, 21_342_346, 21_376_996),
     ],
-)
+)  # fmt: skip
 def test_parameters(factory: Callable[..., nn.Module], ten: int, hundred: int) -> None:
     with torch.device("meta"):
         assert (count(factory(classes=10)), count(factory(classes=100))) == (ten, hundred)

@@ -46,12 +46,8 @@ def _plain(weight: Tensor, gradients: list[Tensor], equilibrate: Any, beta: Any,
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"equilibrate": "row"},
-        {"equilibrate": "col"},
-        {"equilibrate": "rowcol"},
-        {"second_moment": 0.95},
-        {"renormalize": "row"},
+        *({"equilibrate": sides} for sides in (None, "row", "col", "rowcol")),
+        *({"second_moment": 0.95}, {"renormalize": "row"}),
         {"equilibrate": "row", "second_moment": 0.9, "renormalize": "col"},
     ],
     ids=str,
@@ -149,34 +145,29 @@ def test_a_convolution_is_a_matrix_and_the_state_is_kept() -> None:
         assert torch.equal(mine, theirs)
 
 
-def test_inverse_sqrt_is_the_closed_form() -> None:
+def test_rates_are_the_closed_forms() -> None:
     for features, warmup in ((512, 4000), (64, 10), (1, 1)):
         peak = (features * warmup) ** -0.5
-        for step in (1, 2, warmup - 1, warmup, warmup + 1, 4 * warmup):
-            if step < 1:
-                continue
+        for step in {1, 2, max(1, warmup - 1), warmup, warmup + 1, 4 * warmup}:
             wanted = features**-0.5 * min(step**-0.5, step * warmup**-1.5)
             assert inverse_sqrt_rate(step, features, warmup) == pytest.approx(wanted, rel=1e-12)
             assert inverse_sqrt_rate(step, features, warmup) <= peak * (1 + 1e-12)
         assert inverse_sqrt_rate(warmup, features, warmup) == pytest.approx(peak, rel=1e-12)
         assert inverse_sqrt_rate(4 * warmup, features, warmup) == pytest.approx(peak / 2, rel=1e-12)
 
-
-def test_linear_is_the_closed_form() -> None:
     assert [linear_rate(t, 4) for t in range(1, 7)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert [linear_rate(t, 2, lambda s: 1 / (1 + s)) for t in range(1, 5)] == [0.5, 1.0, 0.5, 1 / 3]
     assert linear_rate(1, 0) == 1.0
 
 
 def test_optimizers_follow_them_from_the_first_step_and_resume() -> None:
-    rates = {
-        "inverse": (lambda o: inverse_sqrt_warmup(o, 16, 3), lambda t: 2.0 * inverse_sqrt_rate(t, 16, 3)),
-        "linear": (
-            lambda o: linear_warmup(o, 3, lambda s: 0.9**s),
-            lambda t: 2.0 * linear_rate(t, 3, lambda s: 0.9**s),
-        ),
-    }
-    for make, wanted in rates.values():
+    def after(step: float) -> float:
+        return 0.9**step
+
+    for make, wanted in (
+        (lambda o: inverse_sqrt_warmup(o, 16, 3), lambda t: 2.0 * inverse_sqrt_rate(t, 16, 3)),
+        (lambda o: linear_warmup(o, 3, after), lambda t: 2.0 * linear_rate(t, 3, after)),
+    ):
         parameter = nn.Parameter(torch.zeros(1))
         optimizer = torch.optim.SGD([parameter], lr=2.0)
         schedule = make(optimizer)
@@ -211,11 +202,8 @@ def test_every_parameter_is_in_one_group() -> None:
     groups = {group["name"]: group for group in param_groups(model, 0.1, norm_decay=0.2, bias_decay=0.3)}
     found = [id(parameter) for group in groups.values() for parameter in group["params"]]
     assert sorted(found) == sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
-    assert {name: (group["weight_decay"], len(group["params"])) for name, group in groups.items()} == {
-        "weights": (0.1, 3),
-        "norms": (0.2, 7),
-        "biases": (0.3, 2),
-    }
+    sizes = {name: (group["weight_decay"], len(group["params"])) for name, group in groups.items()}
+    assert sizes == {"weights": (0.1, 3), "norms": (0.2, 7), "biases": (0.3, 2)}
 
 
 class _Patches(nn.Module):

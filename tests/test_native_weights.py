@@ -128,10 +128,8 @@ def test_no_dtype_loses_more_than_the_definition(
         assert not got.isnan().any()
         # Where a zero row's gradient, divided by eps, has left a half type's range, the two may differ in which are infinite.
         usual = exact.abs() < torch.finfo(dtype).max / 4
-        rows = tuple(range(1, exact.dim()))
-        scale = (
-            (exact.abs() + exact.abs().mean(dim=rows, keepdim=True)).detach().clamp_min(1e-30)
-        )  # zero rows are exact
+        mean = exact.abs().mean(dim=tuple(range(1, exact.dim())), keepdim=True)
+        scale = (exact.abs() + mean).detach().clamp_min(1e-30)  # zero rows are exact
         worst, allowed = (((one.double() - exact).abs() / scale)[usual].max() for one in (got, theirs))
         assert worst <= max(2 * allowed, 8 * eps)  # a sum of 260 products in another order
 

@@ -17,7 +17,7 @@ from normkit.lab.experiments.classification import PAPER, Plan, Row, difference,
 from normkit.lab.experiments.table1 import PRINTED, plans
 from normkit.lab.models.rows import scale_by_norm
 from normkit.lab.perform import perform
-from normkit.lab.report.tables import lowered, rates_table, time_table, within
+from normkit.lab.report.experiment_tables import lowered, rates_table, time_table, within
 from normkit.lab.stats import best
 from normkit.lab.train.learning import Training, changed, images, initial, make
 from normkit.surgery.condition import condition

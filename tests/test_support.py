@@ -12,22 +12,13 @@ from normkit.core.support import Support, parse_axes, per_shape, place
 @pytest.mark.parametrize(
     ("axes", "over", "sizes", "word"),
     [
-        ("n c *", "d", {}, "'d'"),
-        ("n c *", "", {}, "no axis to reduce"),
-        ("n n *", "n", {}, "twice"),
-        ("n (g c", "c", {}, "not closed"),
-        ("n ) c", "c", {}, r"'\)'"),
-        ("n ((g c)) *", "c", {}, r"'\('"),
-        ("n * c *", "c", {}, r"'\*'"),
-        ("n (g *)", "g", {}, r"'\*'"),
-        ("n ()", "n", {}, r"'\)'"),
-        ("n c-d", "n", {}, "'c-d'"),
-        ("n c *", "c", {"g": 2}, "'g'"),
-        ("n (g c) *", "c", {"g": 0}, "0"),
-        ("n (g c) *", "c", {"g": 2.0}, "2.0"),
-        ("n (g c) *", "c", {"g": True}, "True"),
+        ("n c *", "d", {}, "'d'"), ("n c *", "", {}, "no axis to reduce"), ("n n *", "n", {}, "twice"),
+        ("n (g c", "c", {}, "not closed"), ("n ) c", "c", {}, r"'\)'"), ("n ((g c)) *", "c", {}, r"'\('"),
+        ("n * c *", "c", {}, r"'\*'"), ("n (g *)", "g", {}, r"'\*'"), ("n ()", "n", {}, r"'\)'"),
+        ("n c-d", "n", {}, "'c-d'"), ("n c *", "c", {"g": 2}, "'g'"), ("n (g c) *", "c", {"g": 0}, "0"),
+        ("n (g c) *", "c", {"g": 2.0}, "2.0"), ("n (g c) *", "c", {"g": True}, "True"),
     ],
-)
+)  # fmt: skip
 def test_unreadable_notation_is_refused_by_name(axes: str, over: str, sizes: dict[str, int], word: str) -> None:
     with pytest.raises(NotationError, match=word):
         Support(axes, over=over, **sizes)

@@ -20,17 +20,10 @@ pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no native kernel
 
 
 def network() -> nn.Sequential:
-    return nn.Sequential(
-        weight_conditioning(nn.Conv2d(3, 4, 3)),
-        nn.ReLU(inplace=True),
-        weight_standardization(nn.Conv2d(4, 4, 3)),
-        weight_norm(nn.Conv2d(4, 4, 3)),
-        nn.Flatten(),
-        scaled_weight_standardization(nn.Linear(16, 5)),
-        spectral_norm(nn.Linear(5, 5)),
-        weight_conditioning(nn.Linear(5, 2), "rowcol"),
-        nn.Linear(2, 2),
-    )
+    body = weight_standardization(nn.Conv2d(4, 4, 3)), weight_norm(nn.Conv2d(4, 4, 3)), nn.Flatten()
+    head = scaled_weight_standardization(nn.Linear(16, 5)), spectral_norm(nn.Linear(5, 5))
+    last = weight_conditioning(nn.Linear(5, 2), "rowcol"), nn.Linear(2, 2)
+    return nn.Sequential(weight_conditioning(nn.Conv2d(3, 4, 3)), nn.ReLU(inplace=True), *body, *head, *last)
 
 
 X = torch.randn(2, 3, 8, 8)
@@ -76,26 +69,14 @@ def changes(layer: nn.Module, raw: nn.Parameter) -> dict[str, Callable[[], objec
         raw.grad = torch.randn_like(raw)
         optimizer.step()
 
-    def through_data() -> None:
-        raw.data.copy_(torch.randn_like(raw))
-
-    def data() -> None:
-        raw.data = torch.randn_like(raw)
-
-    def to_double() -> None:
-        layer.double()
-
-    def larger() -> None:
-        raw.data = torch.randn(raw.shape[0], raw.shape[1] + 3, dtype=raw.dtype)
-
     return {
         "step": step,
         "load": lambda: layer.load_state_dict(state),
-        "through data": through_data,
-        "data": data,
+        "through data": lambda: raw.data.copy_(torch.randn_like(raw)),
+        "data": lambda: setattr(raw, "data", torch.randn_like(raw)),
         "assign": lambda: setattr(layer, "weight", torch.randn(4, 5)),
-        "double": to_double,
-        "larger": larger,
+        "double": layer.double,
+        "larger": lambda: setattr(raw, "data", torch.randn(4, 8, dtype=raw.dtype)),
     }
 
 
@@ -117,9 +98,8 @@ def test_a_weight_is_never_stale(change: str, grad: bool) -> None:
 
 def test_changing_an_option_changes_the_weight() -> None:
     layer = weight_conditioning(nn.Linear(5, 4))
-    part = layer.get_submodule("parametrizations.weight.0")
     before = layer.weight
-    part.gain = 3.0
+    layer.get_submodule("parametrizations.weight.0").gain = 3.0  # pyright: ignore[reportAttributeAccessIssue]
     assert_close(layer.weight, 3 * before)
 
 

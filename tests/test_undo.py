@@ -153,13 +153,9 @@ def test_changes_are_not_the_model() -> None:
     with pytest.raises(TypeError, match=r"Changes is not the model: use changes\.model"):
         changes(torch.randn(2, 3, 6, 6))
     assert changes.model(torch.randn(2, 3, 6, 6)).shape[0] == 2
-
-
-def test_changes_in_a_list_are_short() -> None:
     changes = nk.convert(_cnn(), "gn:4")
-    said = str([changes])
-    new = len(changes.new_parameters)
-    assert said == f"[Changes(Sequential: {len(changes)} changed, 0 passed over, {new} new parameters)]"
+    numbers = f"{len(changes)} changed, 0 passed over, {len(changes.new_parameters)} new parameters"
+    assert str([changes]) == f"[Changes(Sequential: {numbers})]"
     assert "GroupNorm" in str(changes)
 
 
@@ -230,18 +226,17 @@ def wrapped(tmp_path: Path) -> Iterator[nn.Module]:
         yield nn.Sequential(DistributedDataParallel(net))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda model: nk.condition(model, where="all"),
-        lambda model: nk.convert(model, "ln", source="rms"),
-        lambda model: nk.convert(model, "none", source="bn"),
-        lambda model: nk.apply_recipe(model, "keep+wn"),
-        freeze,
-        lambda model: drop_redundant_bias(model, torch.randn(2, 3, 4, 5)),
-    ],
-    ids=["condition", "created", "dropped", "recipe", "freeze", "bias"],
-)
+CHANGE_PARAMETERS: dict[str, Callable[[Any], Any]] = {
+    "condition": lambda model: nk.condition(model, where="all"),
+    "created": lambda model: nk.convert(model, "ln", source="rms"),
+    "dropped": lambda model: nk.convert(model, "none", source="bn"),
+    "recipe": lambda model: nk.apply_recipe(model, "keep+wn"),
+    "freeze": freeze,
+    "bias": lambda model: drop_redundant_bias(model, torch.randn(2, 3, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGE_PARAMETERS.values(), ids=CHANGE_PARAMETERS)
 def test_other_parameters_in_a_wrapper_for_processes_are_refused(wrapped: Any, change: Callable[[Any], Any]) -> None:
     state = {key: (id(value), value.requires_grad) for key, value in wrapped.named_parameters()}
     kept = list(wrapped.modules())

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from normkit.core.card import Paper
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.report.drawing import COLUMN, panels
-from normkit.lab.report.tables import rates_table
+from normkit.lab.report.experiment_tables import rates_table
 from normkit.lab.stats import gain, judge_runs, spread, tell, tune, where
 from normkit.lab.train.learning import Training, learn
 from normkit.lab.train.trainer import validation

@@ -15,8 +15,9 @@ from normkit.activations.batch_group_norm import BatchGroupNorm
 from normkit.activations.batch_norm import BatchNorm, MeanOnlyBatchNorm
 from normkit.activations.batch_renorm import BatchRenorm
 from normkit.activations.conditional_norm import ConditionalNorm, SpatiallyAdaptiveNorm
+from normkit.activations.conditioned_tokens import ConditionedTokens
 from normkit.activations.divisive_norm import DivisiveNorm, HeegerNorm, LyuSimoncelliNorm
-from normkit.activations.dynamic_tanh import DynamicTanh, NormalizerFreeBlock
+from normkit.activations.dynamic_tanh import DynamicTanh
 from normkit.activations.gated_rms_norm import GatedRMSNorm, SeeDNorm
 from normkit.activations.gdn import GDN
 from normkit.activations.ghost_batch_norm import GhostBatchNorm
@@ -26,7 +27,8 @@ from normkit.activations.hypersphere import HypersphereResidual, LearnedScale
 from normkit.activations.instance_norm import AdaptiveInstanceNorm, InstanceNorm
 from normkit.activations.layer_norm import LayerNorm, PositionalNorm
 from normkit.activations.local_response_norm import LocalContrastNorm, LocalResponseNorm
-from normkit.activations.query_key_norm import ConditionedTokens, PreconditionedAttention, QueryKeyNorm
+from normkit.activations.normalizer_free import NormalizerFreeBlock
+from normkit.activations.query_key_norm import PreconditionedAttention, QueryKeyNorm
 from normkit.activations.recurrent_batch_norm import BatchNormLSTM, BatchNormRNN, RecurrentBatchNorm
 from normkit.activations.recurrent_layer_norm import (
     LayerNormGRUCell,

@@ -10,8 +10,9 @@ from normkit.activations.batch_group_norm import batch_group_norm, example_weigh
 from normkit.activations.batch_norm import batch_norm, mean_only_batch_norm
 from normkit.activations.batch_renorm import RenormSchedule, batch_renorm
 from normkit.activations.conditional_norm import conditional_norm
+from normkit.activations.conditioned_tokens import conditioned_tokens
 from normkit.activations.divisive_norm import Field, divisive_norm, heeger_norm, lyu_simoncelli_norm
-from normkit.activations.dynamic_tanh import dynamic_erf, dynamic_tanh, scaled_activation
+from normkit.activations.dynamic_tanh import dynamic_erf, dynamic_tanh
 from normkit.activations.gated_rms_norm import gated_rms_norm, seed_norm
 from normkit.activations.gdn import gdn
 from normkit.activations.ghost_batch_norm import ghost_batch_norm
@@ -21,7 +22,8 @@ from normkit.activations.hypersphere import hypersphere, hypersphere_residual, r
 from normkit.activations.instance_norm import adaptive_instance_norm, instance_norm
 from normkit.activations.layer_norm import PositionalMoments, layer_norm, positional_moments, positional_norm
 from normkit.activations.local_response_norm import local_contrast_norm, local_response_norm
-from normkit.activations.query_key_norm import conditioned_tokens, preconditioned_attention, query_key_norm
+from normkit.activations.normalizer_free import scaled_activation
+from normkit.activations.query_key_norm import preconditioned_attention, query_key_norm
 from normkit.activations.recurrent_batch_norm import padding_mask, recurrent_batch_norm
 from normkit.activations.recurrent_layer_norm import unroll
 from normkit.activations.rms_norm import partial_rms_norm, rms_norm

@@ -20,6 +20,8 @@ from normkit.engine.dispatch import Activation, Backend, run
 from normkit.engine.layer import Layer, check_channels, check_channels_first, check_layout
 from normkit.engine.window import sliding_moments
 
+_CHANNELS_FIRST = Support("n c *", over="*")
+
 
 @remembered
 def group_norm_rule(num_groups: int, eps: float = 1e-5, layout: str = "n c *") -> Rule:
@@ -86,7 +88,7 @@ class GroupNorm(Layer, nn.GroupNorm):
 
     def check(self, input: Tensor) -> None:
         check_channels("GroupNorm", input, self.num_channels, "num_channels", self.layout)
-        _check_several("GroupNorm", self.num_groups, input)
+        _check_group_norm("GroupNorm", self.num_groups, input)
 
 
 def group_norm(
@@ -111,11 +113,11 @@ def group_norm(
     if input.dim() >= 2:
         channels = input.shape[-1 if layout == "n * c" else 1]
         check_groups("group_norm", channels, num_groups, f" (input {show(input.shape)})")
-        _check_several("group_norm", num_groups, input)
+        _check_group_norm("group_norm", num_groups, input)
     return run(rule, input, weight, bias, mask=mask, backend=backend)
 
 
-def _check_several(who: str, groups: int, input: Tensor) -> None:
+def _check_group_norm(who: str, groups: int, input: Tensor) -> None:
     """Refuse what torch refuses: it accepts one value per group if there are several samples, and returns the bias."""
     if input.shape[0] == 1 and input.numel() == groups:
         raise ShapeError(
@@ -141,9 +143,6 @@ CARD = Card(
     rule=group_norm_rule(2),
     invariances=frozenset({"weight scale", "data scale", "sample scale"}),
 )
-
-
-_SUPPORT = Support("n c *", over="*")
 
 
 class LocalContextNorm(Module):
@@ -190,7 +189,7 @@ class LocalContextNorm(Module):
         super().__init__()
         self.num_features, self.channels_per_group, self.eps = num_features, channels_per_group, eps
         self.window = tuple(map(whole, window)) if isinstance(window, Sequence) else window
-        _check(num_features, channels_per_group, self.window)
+        _check_local_context(num_features, channels_per_group, self.window)
         self.register_affine((num_features,), affine, affine, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -213,7 +212,7 @@ def local_context_norm(
     """
     wide = input.to(accumulation_dtype(input.dtype))
     check_channels_first("local_context_norm", input)
-    _check(input.shape[1], channels_per_group, window)
+    _check_local_context(input.shape[1], channels_per_group, window)
     axes = input.dim() - 2
     windows = list(window) if isinstance(window, Sequence) else [window] * axes
     if len(windows) != axes:
@@ -224,10 +223,10 @@ def local_context_norm(
     each = moments(groups, (2,))  # over the group at each position first: fewer elements are left to slide over
     found = sliding_moments(each, [(dim + 3, size) for dim, size in enumerate(windows)])
     y = ((groups - found.mean) * (found.var + eps).rsqrt()).flatten(1, 2)
-    return Affine("c").apply(y, _SUPPORT.split(input.shape), weight, bias).to(input.dtype)
+    return Affine("c").apply(y, _CHANNELS_FIRST.split(input.shape), weight, bias).to(input.dtype)
 
 
-def _check(channels: int, per_group: int, window: int | Sequence[int]) -> None:
+def _check_local_context(channels: int, per_group: int, window: int | Sequence[int]) -> None:
     if per_group < 1 or channels % per_group:
         raise OptionError(
             f"LocalContextNorm: {channels} channels do not split into groups of channels_per_group={per_group}; "

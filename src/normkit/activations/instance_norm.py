@@ -22,6 +22,8 @@ from normkit.engine.layer import Layer, channels_rule, check_channels, check_sev
 
 instance_norm_rule = partial(channels_rule, "InstanceNorm", "*")
 
+_ADAPTIVE_RULE = Rule(Support("n c *", over="*"), Statistic("mean", "std", 1e-5), Affine("n c"))
+
 
 class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
     """Normalize each channel of each sample over its positions, which removes its contrast and brightness.
@@ -166,13 +168,10 @@ CARD = Card(
 )
 
 
-_RULE = Rule(Support("n c *", over="*"), Statistic("mean", "std", 1e-5), Affine("n c"))
-
-
 @remembered
 def adaptive_instance_norm_rule(eps: float = 1e-5) -> Rule:
     """Adaptive instance normalization as data; weight and bias are a style's deviation and mean, per sample and channel."""
-    return _RULE if eps == 1e-5 else replace(_RULE, statistic=Statistic("mean", "std", eps))
+    return _ADAPTIVE_RULE if eps == 1e-5 else replace(_ADAPTIVE_RULE, statistic=Statistic("mean", "std", eps))
 
 
 class AdaptiveInstanceNorm(Module):

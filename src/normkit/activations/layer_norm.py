@@ -18,6 +18,8 @@ from normkit.engine.call import Save
 from normkit.engine.dispatch import Activation, Backend, run
 from normkit.engine.layer import Layer, check_features, check_several, features_support
 
+_POSITIONS = Support("n c *", over="c")
+
 
 @remembered
 def layer_norm_rule(rank: int = 1, eps: float = 1e-5, over: str | None = None, per: str | None = None) -> Rule:
@@ -149,9 +151,6 @@ CARD = Card(
 )
 
 
-_SUPPORT = Support("n c *", over="c")
-
-
 class PositionalMoments(NamedTuple):
     """What positional normalization removes: mean and deviation of each position, with one channel."""
 
@@ -162,7 +161,7 @@ class PositionalMoments(NamedTuple):
 @remembered
 def positional_norm_rule(eps: float = 1e-5, correction: int = 1) -> Rule:
     """Positional normalization as data."""
-    return Rule(_SUPPORT, Statistic("mean", "std", eps, correction=correction))
+    return Rule(_POSITIONS, Statistic("mean", "std", eps, correction=correction))
 
 
 class PositionalNorm(Layer):
@@ -199,7 +198,7 @@ class PositionalNorm(Layer):
         return positional_norm_rule(self.eps, self.correction)
 
     def check(self, input: Tensor) -> None:
-        check_several("PositionalNorm", input, _SUPPORT)
+        check_several("PositionalNorm", input, _POSITIONS)
 
     def moments(self, input: Tensor) -> PositionalMoments:
         """Measure the mean and deviation of each position, (N, 1, *), differentiable, for ``moment_shortcut``."""
@@ -214,7 +213,7 @@ def positional_norm(
     >>> positional_norm(torch.tensor([[[1.0], [2.0], [3.0]]])).view(3)
     tensor([-1.0000,  0.0000,  1.0000])
     """
-    check_several("positional_norm", input, _SUPPORT)
+    check_several("positional_norm", input, _POSITIONS)
     return run(positional_norm_rule(eps, correction), input, mask=mask, backend=backend)
 
 
@@ -224,7 +223,7 @@ def positional_moments(input: Tensor, eps: float = 1e-5, correction: int = 1) ->
     >>> positional_moments(torch.tensor([[1.0, 2.0, 3.0]]), eps=0.0)
     PositionalMoments(mean=tensor([[2.]]), deviation=tensor([[1.]]))
     """
-    check_several("positional_moments", input, _SUPPORT)
+    check_several("positional_moments", input, _POSITIONS)
     found = moments(input, (1,))
     var = found.unbiased() if correction else found.var
     return PositionalMoments(found.mean, (var + eps).sqrt())

@@ -17,6 +17,8 @@ from normkit.core.support import Support, check_shape, show
 from normkit.engine.layer import Layer, check_last
 
 State = tuple[Tensor, ...]
+_LSTM = "(i, f, g, o) = LN(W_ih x) + LN(W_hh h) + b; h' = sigmoid(o) tanh(LN(c'))"
+_GRU = "(r, z) = LN(W_ih x) + LN(W_hh h); n = tanh(LN(W_in x) + sigmoid(r) LN(W_hn h))"
 
 
 class _Norm(Layer, nn.LayerNorm):
@@ -345,8 +347,6 @@ def _card(cell: str, title: str, over: str, formula: str, *invariances: Invarian
     )
 
 
-_LSTM = "(i, f, g, o) = LN(W_ih x) + LN(W_hh h) + b; h' = sigmoid(o) tanh(LN(c'))"
-_GRU = "(r, z) = LN(W_ih x) + LN(W_hh h); n = tanh(LN(W_in x) + sigmoid(r) LN(W_hn h))"
 _INPUTS: tuple[Invariance, ...] = ("weight scale", "data scale", "sample scale")
 
 CARD_RNN = _card("rnn", "a simple recurrent network", "the summed inputs", "h' = tanh(LN(W_ih x + W_hh h))")

@@ -15,6 +15,8 @@ from normkit.core.support import check_shape, show
 from normkit.engine.dispatch import Backend, run
 from normkit.engine.layer import Layer, check_last, tokens_rule
 
+_HOLO_RULE = tokens_rule("norm", 1.0, "outside")
+
 
 class ScaleNorm(Layer):
     """Divide each token by its Euclidean norm and multiply it by one learned scalar.
@@ -235,9 +237,6 @@ CARD_FIX = Card(
 )
 
 
-_RULE = tokens_rule("norm", 1.0, "outside")
-
-
 class HoloNorm(Layer):
     """Divide each token by 1 plus its Euclidean norm.
 
@@ -261,7 +260,7 @@ class HoloNorm(Layer):
         self.complete()
 
     def make_rule(self) -> Rule:
-        return _RULE
+        return _HOLO_RULE
 
     def check(self, input: Tensor) -> None:
         check_last("HoloNorm", input, self.features)
@@ -273,7 +272,7 @@ def holo_norm(input: Tensor, *, mask: Tensor | None = None, backend: Backend = "
     >>> holo_norm(torch.tensor([[3.0, 4.0]]))
     tensor([[0.5000, 0.6667]])
     """
-    return run(_RULE, input, mask=mask, backend=backend)
+    return run(_HOLO_RULE, input, mask=mask, backend=backend)
 
 
 CARD_HOLO = Card(
@@ -289,6 +288,6 @@ CARD_HOLO = Card(
     functional=holo_norm,
     build=lambda at: HoloNorm(at.channels),
     takes=(),
-    rule=_RULE,
+    rule=_HOLO_RULE,
     layout="* d",
 )

@@ -9,8 +9,8 @@ from normkit.core.card import Card
 _FILES = {
     "preprocessing": "feature_scaling sample_scaling image_standardization whitening",
     "activations": "batch_norm ghost_batch_norm batch_group_norm batch_renorm sync_batch_norm batch_channel_norm "
-    "recurrent_batch_norm layer_norm rms_norm scale_norm query_key_norm hypersphere adaptive_layer_norm "
-    "recurrent_layer_norm group_norm instance_norm conditional_norm global_response_norm switchable_norm "
+    "recurrent_batch_norm layer_norm rms_norm scale_norm query_key_norm conditioned_tokens hypersphere "
+    "adaptive_layer_norm recurrent_layer_norm group_norm instance_norm conditional_norm global_response_norm switchable_norm "
     "local_response_norm divisive_norm gdn dynamic_tanh gated_rms_norm",
     "weights": "weight_norm spectral_norm weight_standardization weight_conditioning preconditioning",
     "gradients": "grad_norm gradient_normalizer muon",

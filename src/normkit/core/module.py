@@ -15,7 +15,22 @@ _INITIAL: dict[str, float] = dict.fromkeys(("weight", "running_var", "running_st
 _INITIAL |= {"bias": 0.0, "running_mean": 0.0, "num_batches_tracked": 0}
 
 
-class Module(nn.Module):
+class ShownModule(nn.Module):
+    """A module that tells its arguments: those of a template, and further ones that have unusual values."""
+
+    shown: ClassVar[str] = ""  # a format of the module, such as "{0.features}, eps={0.eps}"
+    unusual: ClassVar[Mapping[str, Any]] = {}  # attributes that it shows where they differ from these values
+
+    def extra_repr(self) -> str:
+        """The arguments: those of the template ``shown`` (torch's own without one), and those that are ``unusual``."""
+        return (self.shown.format(self) or super().extra_repr()) + self.repr_options(**self.unusual)
+
+    def repr_options(self, **defaults: Any) -> str:
+        """The named attributes that differ from their defaults, as ``extra_repr`` shows them."""
+        return "".join(f", {k}={getattr(self, k)!r}" for k, default in defaults.items() if getattr(self, k) != default)
+
+
+class Module(ShownModule):
     """Base of every layer.
 
     Buffers hold statistics, for which half types are too narrow: bfloat16 loses a step of momentum 0.001, float16 a variance
@@ -24,8 +39,6 @@ class Module(nn.Module):
     the existing dtype, checkpoints of half-precision models load into these layers, and theirs into half-precision models.
     """
 
-    shown: ClassVar[str] = ""  # of ``extra_repr``: a format of the module, such as "{0.features}, eps={0.eps}"
-    unusual: ClassVar[Mapping[str, Any]] = {}  # attributes that it shows where they differ from these values
     training: bool = True  # torch's own tests delete the attribute of instances that should not need it
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -77,14 +90,6 @@ class Module(nn.Module):
         for name, value in values.items():
             if isinstance(tensor := getattr(self, name, None), Tensor):
                 nn.init.constant_(tensor, value)
-
-    def extra_repr(self) -> str:
-        """The arguments: those of the template ``shown`` (torch's own without one), and those that are ``unusual``."""
-        return (self.shown.format(self) or super().extra_repr()) + self.repr_options(**self.unusual)
-
-    def repr_options(self, **defaults: Any) -> str:
-        """The named attributes that differ from their defaults, as ``extra_repr`` shows them."""
-        return "".join(f", {k}={getattr(self, k)!r}" for k, default in defaults.items() if getattr(self, k) != default)
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise BackendError(

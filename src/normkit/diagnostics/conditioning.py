@@ -29,6 +29,9 @@ from normkit.surgery.watch import try_on
 from normkit.weights.layout import hooked_weight, weight_layout, weight_of
 from normkit.weights.weight_conditioning import Mode, equilibrate
 
+# As attention's packed projections are named where query, key and value lie one after the other.
+_PACKED = ("in_proj_weight", "qkv", "c_attn", "in_proj", "Wqkv")
+
 
 def condition_number(matrix: Tensor) -> float:
     """Compute the ratio of a matrix's largest singular value to its min(m, n)-th, in float64.
@@ -227,8 +230,6 @@ def raw_and_used(layer: nn.Module, key: str) -> tuple[Tensor, Tensor]:
 
 
 MODES: tuple[Mode, ...] = ("row", "col", "rowcol")
-# As attention's packed projections are named where query, key and value lie one after the other.
-_PACKED = ("in_proj_weight", "qkv", "c_attn", "in_proj", "Wqkv")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,11 @@ Product = Callable[[Tensor], Tensor]
 
 # Vectors that ARPACK keeps: with fewer it restarts more often, with more it takes more memory.
 VECTORS = 20
+# Up to this smaller side all singular values are computed; those of larger matrices take minutes.
+EXACT = 1024
+# A singular value this far below the largest is rounding error, and the matrix is singular.
+_RANK = 1e-12
+_CHUNK = 4096  # rows of a tall matrix that are in float64 at a time
 
 
 class Dominant(NamedTuple):
@@ -96,13 +101,6 @@ def quadrature(product: Product, start: Tensor, steps: int) -> tuple[Tensor, Ten
     middle = torch.stack(diagonal).double()
     nodes, vectors = torch.linalg.eigh(torch.diag(middle) + torch.diag(inner, 1) + torch.diag(inner, -1))
     return nodes, vectors[0].square()
-
-
-# Up to this smaller side all singular values are computed; those of larger matrices take minutes.
-EXACT = 1024
-# A singular value this far below the largest is rounding error, and the matrix is singular.
-_RANK = 1e-12
-_CHUNK = 4096  # rows of a tall matrix that are in float64 at a time
 
 
 class Spectrum(NamedTuple):

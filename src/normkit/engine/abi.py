@@ -50,10 +50,7 @@ _STATUSES: dict[int, tuple[type[Exception], str]] = {
         "a tensor has no memory behind it, such as a parameter that FSDP has freed; "
         "call the module through its wrapper, or gather its parameters first",
     ),
-    4: (
-        BackendError,
-        "torch's threads stopped half-way through a normalization kernel; its output is invalid",
-    ),
+    4: (BackendError, "torch's threads stopped half-way through a normalization kernel; its output is invalid"),
 }
 
 
@@ -176,9 +173,7 @@ def lanes(x: Tensor, axis: int = 1) -> Lanes | None:
     first = x if axis == 1 else x.movedim(axis, 1)
     if first.is_contiguous():
         return Lanes(outer, channels, inner, False)
-    if first.movedim(1, -1).is_contiguous():
-        return Lanes(outer, channels, inner, True)
-    return None
+    return Lanes(outer, channels, inner, True) if first.movedim(1, -1).is_contiguous() else None
 
 
 def gradients(

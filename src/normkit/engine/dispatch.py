@@ -17,17 +17,7 @@ from normkit.engine import native
 from normkit.engine.call import Activation, Backend, Call, Output
 from normkit.engine.choose import Choice, Explanation, backends, choose, kept
 
-__all__ = [
-    "Activation",
-    "Backend",
-    "Explanation",
-    "backends",
-    "explain",
-    "measure",
-    "normalize",
-    "run",
-    "run_measured",
-]
+__all__ = ["Activation", "Backend", "Explanation", "backends", "explain", "measure", "normalize", "run", "run_measured"]
 
 
 def run(

@@ -176,10 +176,7 @@ def _arrays(nest: Nest, running: RunningStatistics, scaled: bool) -> int | None:
 def _nest(
     rule: Rule, x: Tensor, split: Split
 ) -> tuple[Nest, torch.memory_format | None, torch.memory_format | None] | str:
-    """The loop nest, and the memory formats to copy the input and the output to, None where they need no copy.
-
-    The kernels read the input in place if its axes have a nest there; otherwise a copy in its memory format.
-    """
+    """The loop nest, and the memory formats to copy the input and the output to; None where the kernels read them in place."""
     format = memory_format(rule.support, x)
     if is_dense(x.shape, x.stride()):
         found = plan(split, x.view(split.shape).stride(), rule.compensation)

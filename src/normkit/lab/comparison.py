@@ -135,7 +135,9 @@ def _later(module: str, name: str) -> Any:
     return lambda result: getattr(import_module(f"normkit.lab.report.{module}"), name)(result)
 
 
-tables, remarks, interactive = (_later("table", name) for name in ("shown", "remarked", "given"))
+tables, remarks, interactive = (
+    _later("comparison_tables", name) for name in ("all_tables", "all_remarks", "page_context")
+)
 figures = _later("figures", "drawings")
 
 

@@ -21,6 +21,7 @@ from normkit.core.errors import RecordError
 # Says what is wrong with a value at a place, or None where it is as it must be.
 Kind = Callable[[Any, str], str | None]
 LARGEST = 1e300  # finite, and so are the sums of many
+TEMPORARY = ".part"
 
 
 def kind(name: str, good: Callable[[Any], bool]) -> Kind:
@@ -150,7 +151,6 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-TEMPORARY = ".part"
 SECRET = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 

@@ -28,6 +28,8 @@ PLANS = ((4, 10), (4, 5), (4, 3), (3, 3))
 SLACK = 1.25  # checkpoints, sweeps that go on beyond one rate, a machine that is busier later
 COSTS = 10.0  # seconds, to time steps side by side
 LOOKED = 4  # batches of validation data that are timed
+OWN_RULE = "the highest validation score that every recipe reached in every seed"
+KEPT = ("status", "val_score", "best_val_score", "test_score", "test_loss")
 
 
 def fit(settings: Settings, seconds: Mapping[str, float]) -> Settings:
@@ -89,10 +91,6 @@ def measure(made: Made) -> dict[str, float]:
             taken.append(time.perf_counter() - begun)
         found[recipe] = steps * costs[recipe]["ms_per_step"] / 1e3 + taken[0] * len(data.val) / len(part) + taken[1]
     return found
-
-
-OWN_RULE = "the highest validation score that every recipe reached in every seed"
-KEPT = ("status", "val_score", "best_val_score", "test_score", "test_loss")
 
 
 @dataclass(frozen=True)
@@ -292,7 +290,7 @@ def run(study: Study, made: Made, bench: Bench, device: str) -> dict[str, Any]:
 
 def _lengths(settings: Settings, costs: Mapping[str, Any]) -> dict[str, int]:
     """How many epochs recipes with slower steps come through in the baseline's time."""
-    from normkit.lab.report.tables import within
+    from normkit.lab.report.experiment_tables import within
 
     if not settings.equal_time:
         return {}

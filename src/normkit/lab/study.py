@@ -30,6 +30,9 @@ from normkit.surgery.recipe import why_not
 # Each kind of norm that stands in for another of the same reach: over features alone.
 OTHERS = {"layer_norm": "rms", "rms_norm": "ln"}
 WORDS = {"batch_norm": "batch norm", "layer_norm": "layer norm", "rms_norm": "RMS norm", "group_norm": "group norm"}
+MARKS_FILE = "test.npz"  # what each test sample adds to the score
+# Settings of which others can be given to the runs that are there, and what settings say of all runs together.
+FREE = ("recipes", "rates", "seeds", "target", "level", "extend", "equal_time", "resample", "full_epochs")
 
 
 def default_recipes(model: nn.Module, example: Any = None) -> tuple[tuple[str, ...], str]:
@@ -64,10 +67,6 @@ def _kind(name: str, module: nn.Module) -> str:
         return "norm of its own"
 
 
-MARKS_FILE = "test.npz"  # what each test sample adds to the score
-
-# Settings of which others can be given to the runs that are there, and what settings say of all runs together.
-FREE = ("recipes", "rates", "seeds", "target", "level", "extend", "equal_time", "resample", "full_epochs")
 OF_ALL = (*FREE, "budget", "accelerator", "devices")
 
 

@@ -10,9 +10,10 @@ from normkit.surgery.decay import FromOne, norm_penalty, param_groups
 from normkit.surgery.example_weighing import choose_alpha, weigh_examples
 from normkit.surgery.fold import fold
 from normkit.surgery.framework import adopt
+from normkit.surgery.freeze import freeze, unfreeze
 from normkit.surgery.place_norms import place_norms
 from normkit.surgery.reassign_spectral import reassign_spectral_
-from normkit.surgery.recalibrate import freeze, recalibrate, unfreeze
+from normkit.surgery.recalibrate import recalibrate
 from normkit.surgery.recipe import Recipe, applicable_words, apply_recipe, why_not
 from normkit.surgery.redundant_bias import drop_redundant_bias
 from normkit.surgery.select import select

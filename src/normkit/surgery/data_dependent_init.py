@@ -11,8 +11,8 @@ from torch.nn.utils import parametrizations as torchs
 from normkit.core.errors import SurgeryError
 from normkit.core.moments import accumulation_dtype, moments
 from normkit.core.support import show
+from normkit.surgery.attach import parametrizations
 from normkit.surgery.changes import Change, Changes, PassedOver, label
-from normkit.surgery.condition import parametrizations
 from normkit.surgery.transaction import Transaction
 from normkit.surgery.watch import run_on
 from normkit.weights.layout import weight_layout

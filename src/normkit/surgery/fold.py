@@ -14,11 +14,11 @@ from normkit.activations.layer_norm import LayerNorm
 from normkit.activations.rms_norm import RMSNorm
 from normkit.catalogue.methods import METHODS
 from normkit.core.errors import OptionError, SurgeryError
+from normkit.surgery.attach import tied_parameters
 from normkit.surgery.bake import absorb_before, absorb_behind, bake, centred, scale_and_shift
 from normkit.surgery.changes import Change, Changes, Refusals, label
-from normkit.surgery.condition import tied_parameters
+from normkit.surgery.freeze import is_frozen
 from normkit.surgery.norms import Norm, describe, is_norm, norms_in, read_norm
-from normkit.surgery.recalibrate import is_frozen
 from normkit.surgery.select import is_gpt2_linear
 from normkit.surgery.substitute import inherit, put
 from normkit.surgery.target import activation_module

@@ -250,9 +250,7 @@ def _frozen(module: FrozenBatchNorm) -> Norm:
 
 def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
     """A parameter, or one made of a buffer."""
-    if tensor is None or isinstance(tensor, nn.Parameter):
-        return tensor
-    return nn.Parameter(tensor.detach().clone())
+    return tensor if tensor is None or isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach().clone())
 
 
 def _counts_from_one(module: nn.Module) -> bool:

@@ -12,8 +12,8 @@ from torch import nn
 from normkit.catalogue import METHODS
 from normkit.core.card import Card
 from normkit.core.errors import NotationError, SurgeryError, closest
+from normkit.surgery.attach import Attach, attach_all
 from normkit.surgery.changes import Change, Changes, PassedOver, Refusal, Refusals
-from normkit.surgery.condition import Attach, attach_all
 from normkit.surgery.convert import convert
 from normkit.surgery.select import check_place, select
 from normkit.surgery.target import Target, norm_cards, norm_list, norm_words

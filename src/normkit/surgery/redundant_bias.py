@@ -10,8 +10,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from normkit.core.errors import SurgeryError
+from normkit.surgery.attach import tied_parameters
 from normkit.surgery.changes import Change, Changes, PassedOver, label
-from normkit.surgery.condition import tied_parameters
 from normkit.surgery.norms import describe, is_norm
 from normkit.surgery.transaction import Transaction
 from normkit.surgery.watch import Watch, forked, modes_kept, run_on, tensors_in

@@ -118,11 +118,8 @@ def check_place(where: str) -> None:
 def weight_names(layer: nn.Module) -> tuple[str, ...]:
     """The names of a layer's weights of two or more axes; none for norms and for modules without."""
     if isinstance(layer, nn.MultiheadAttention):
-        names = (
-            ("in_proj_weight",)
-            if layer.in_proj_weight is not None
-            else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-        )
+        parts = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        names = parts if layer.in_proj_weight is None else ("in_proj_weight",)
         return names
     if isinstance(layer, nn.RNNBase):
         return tuple(name for name in layer._flat_weights_names if name.startswith("weight"))

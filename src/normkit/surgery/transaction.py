@@ -62,10 +62,7 @@ class Transaction:
         return Changes(root, tuple(rows), tuple(passed_over), new, self._undo)
 
     def _check_wrapped(self, now: Mapping[str, nn.Parameter]) -> None:
-        """Put back and refuse other parameters, or others that are trained, in a wrapper that holds those it found.
-
-        What a parametrization gave in its place passes: for a time, as in ``plain``, or for good, as in ``fold``.
-        """
+        """Put back and refuse other parameters in a wrapper that holds those it found; what a parametrization gave passes."""
         if not any(isinstance(module, DistributedDataParallel) for module in self._modules.values()):
             return
         given = {key: _parametrized(key) for key in self._names if key not in now}

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from normkit.core.errors import SurgeryError
 from normkit.surgery.changes import label
 
+_PERIOD = 251  # of coordinates, so that a half type holds them
+
 
 class Sight(TorchDispatchMode):
     """Sees which modules a run calls, on inputs of which shape, and who reads their parameters."""
@@ -248,7 +250,6 @@ _MOVES = {
 }
 _SHAPED = {getattr(_OPS, f"{name}_like") for name in ("zeros", "ones", "full", "empty")}
 _SHAPED |= {getattr(_OPS, f"new_{name}") for name in ("zeros", "ones", "full", "empty")}
-_PERIOD = 251  # of coordinates, so that a half type holds them
 
 Axis = tuple[Tensor, int]
 

@@ -53,9 +53,7 @@ def refusal(layer: nn.Module, name: str = "weight") -> str | None:
         return f"only the weight of a Linear, Conv1d, Conv2d or Conv3d can, and this is the {name} of {cls.__name__}"
     if any(getattr(cls, method, None) is not getattr(kind, method, None) for method in ("forward", "_conv_forward")):
         return f"{cls.__name__} computes its output differently from {kind.__name__}"
-    if parametrize.is_parametrized(layer, name):
-        return "the weight has another parametrization"
-    return None
+    return "the weight has another parametrization" if parametrize.is_parametrized(layer, name) else None
 
 
 def scaled_forward(layer: nn.Module) -> Callable[[nn.Module, Tensor], Tensor]:

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.autograd.graph import increment_version
 from torch.nn.utils import parametrize
 
 from normkit.core.errors import ShapeError
+from normkit.core.module import ShownModule
 from normkit.core.moments import accumulation_dtype
 from normkit.core.rule import Rule
 from normkit.core.statistic import length
@@ -36,14 +37,12 @@ class Share(NamedTuple):
     vectors: tuple[Tensor, Tensor] | None = None
 
 
-class Parametrization(nn.Module):
+class Parametrization(ShownModule):
     """Map a raw weight (and, for some methods, one gain per set) to the effective weight.
 
     A subclass defines ``definition``, in differentiable PyTorch, and ``plan``, for a kernel. Its raw tensors are the weight, or
-    the gain and the weight. ``shown`` is a format of the module, for ``extra_repr``.
+    the gain and the weight.
     """
-
-    shown: ClassVar[str]
 
     # Whether each set is a row of axis 0, so that channels-last weights need no copy.
     by_rows: bool = False
@@ -65,10 +64,6 @@ class Parametrization(nn.Module):
     def right_inverse(self, weight: Tensor) -> Any:
         """The raw tensors that assigning a weight stores: by default that weight itself."""
         return weight
-
-    def extra_repr(self) -> str:
-        """The arguments."""
-        return self.shown.format(self)
 
     def definition(self, weight: Tensor, *gain: Tensor) -> Tensor:
         """Compute the effective weight by PyTorch's operators."""

@@ -31,6 +31,9 @@ from normkit.surgery.watch import forked, run_on, tensors_in
 
 Loss = Callable[[Any, Any], Tensor]
 _WITHOUT_CENTRING = ("rms", "scale", "response", "divisive")
+_SOFTMAX = ("aten._softmax.default", "aten._safe_softmax.default")
+_MASKED = -9e3  # most models add -1e4 or less to a masked logit; where it is -100, the largest is not among those
+_QUERIES = 256  # of each head, evenly spaced: a largest logit needs no more, and all would be a second attention
 
 
 @dataclass
@@ -321,9 +324,6 @@ def _take_gradient(norm: Seen, channel: int, gradient: Tensor) -> None:
 
 
 _ATTENDS = re.compile("att(e)?n|mha", re.IGNORECASE)
-_SOFTMAX = ("aten._softmax.default", "aten._safe_softmax.default")
-_MASKED = -9e3  # most models add -1e4 or less to a masked logit; where it is -100, the largest is not among those
-_QUERIES = 256  # of each head, evenly spaced: a largest logit needs no more, and all would be a second attention
 
 
 class Logits(Onlooker):

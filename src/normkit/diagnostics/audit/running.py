@@ -11,7 +11,8 @@ from normkit.catalogue.citation import card_of
 from normkit.diagnostics.audit.finding import Row, check
 from normkit.diagnostics.audit.observe import Observed, Seen
 from normkit.surgery.changes import Changes
-from normkit.surgery.recalibrate import freeze, is_frozen, recalibrate
+from normkit.surgery.freeze import freeze, is_frozen
+from normkit.surgery.recalibrate import recalibrate
 from normkit.weights.layout import weight_layout, weight_of
 
 _ENOUGH = 16.0  # effective samples, below which a batch says little about running statistics

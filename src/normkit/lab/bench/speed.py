@@ -317,15 +317,13 @@ def geometric_mean(ratios: Sequence[float]) -> float:
 
 
 def _ours(name: str, channels: int) -> nn.Module:
-    if name == "layer_norm over channels":
-        return LayerNorm(channels, over="c")
-    if name == "group_norm":
-        return GroupNorm(32, channels)
-    if name == "global_response_norm":
-        return GlobalResponseNorm(channels, layout="n c *")
-    if name == "local_response_norm":
-        return LocalResponseNorm(5, torch_compat=True)
-    return method(name).make(channels)
+    made: dict[str, Callable[[], nn.Module]] = {
+        "layer_norm over channels": lambda: LayerNorm(channels, over="c"),
+        "group_norm": lambda: GroupNorm(32, channels),
+        "global_response_norm": lambda: GlobalResponseNorm(channels, layout="n c *"),
+        "local_response_norm": lambda: LocalResponseNorm(5, torch_compat=True),
+    }
+    return made[name]() if name in made else method(name).make(channels)
 
 
 def beside(name: str, x: Tensor) -> tuple[Any, ...]:

@@ -9,6 +9,8 @@ from torch.nn import functional
 
 from normkit.core.errors import OptionError
 
+TRIES = 10
+
 
 @dataclass(frozen=True)
 class Standardize:
@@ -34,9 +36,6 @@ class Standardize:
             std.append(float((share @ (values - mean[-1]).square()).sqrt()))
         # A channel that never varies has deviation 0; it is left at 0 after its mean is taken away.
         return cls(tuple(mean), tuple(deviation or 1.0 for deviation in std))
-
-
-TRIES = 10
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,20 @@ from torch import Tensor
 from torch.utils import data as loading
 
 from normkit.core.errors import ProtocolError
-from normkit.lab.data import split as batch
-from normkit.lab.data.split import Data, Split
+from normkit.lab.data.split import (
+    IGNORED,
+    Collate,
+    Data,
+    Split,
+    as_inputs,
+    as_targets,
+    as_tensor,
+    kind,
+    named,
+    parted,
+    shifted,
+    target_key,
+)
 
 NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid", "dev"), "test": ("test", "testing")}
 # What orders the samples of a whole dataset, or parts them among processes, which the comparison does by itself.
@@ -40,7 +52,7 @@ def read_splits(name: str, made: Any, notes: list[str]) -> dict[str, Split]:
 
 
 def _parts(name: str, made: Any) -> dict[str, Any]:
-    if isinstance(made, Mapping) and batch.target_key(made) is None:
+    if isinstance(made, Mapping) and target_key(made) is None:
         found: dict[str, Any] = {}
         for key, part in made.items():
             known = next((split for split, words in NAMES.items() if key in words), None)
@@ -62,19 +74,19 @@ def _whole(part: Any) -> bool:
     if isinstance(part, list):
         return bool(part) and isinstance(part[0], tuple | Mapping)
     if isinstance(part, Mapping):
-        return batch.target_key(part) is not None
+        return target_key(part) is not None
     return not isinstance(part, Tensor | str) and not hasattr(part, "__array__") and hasattr(part, "__len__")
 
 
 def _read(name: str, value: Any, notes: list[str]) -> Split:
     if isinstance(value, Split):
         return value
-    collate, rows = batch.Collate(), None
+    collate, rows = Collate(), None
     if isinstance(value, loading.DataLoader):
         collate, rows = _unloaded(name, value, notes)
         value = value.dataset
     if isinstance(value, Mapping):
-        key = batch.target_key(value)
+        key = target_key(value)
         if key is None:
             raise ProtocolError(f"{name} is a dict with {', '.join(map(str, value)) or 'nothing'}; {WANTED}")
         # A bunch of scikit-learn holds its inputs under one name, next to all sorts of descriptions.
@@ -84,16 +96,14 @@ def _read(name: str, value: Any, notes: list[str]) -> Split:
         *parts, targets = value
         inputs = tuple(parts) if len(parts) > 1 else parts[0]
         _say_doubles(inputs, targets, notes)
-        return Split(
-            batch.as_targets(batch.as_tensor(f"{name} targets", targets)), batch.as_inputs(f"{name} inputs", inputs)
-        )
+        return Split(as_targets(as_tensor(f"{name} targets", targets)), as_inputs(f"{name} inputs", inputs))
     if not hasattr(value, "__len__") or isinstance(value, str | Tensor | np.ndarray):
         cure = (
             "; an iterable needs a length: give __len__, or a list of its samples"
             if isinstance(value, Iterable)
             else ""
         )
-        raise ProtocolError(f"{name} is {batch.kind(value)}; {WANTED}{cure}")
+        raise ProtocolError(f"{name} is {kind(value)}; {WANTED}{cure}")
     # torch's iterable datasets inherit a __getitem__ that only raises.
     if not hasattr(value, "__getitem__") or isinstance(value, loading.IterableDataset):
         value, rows = _held(name, value, notes), None
@@ -107,7 +117,7 @@ def _arrays(value: Any) -> bool:
     return len(value) == 2 or (len(value) > 2 and all(hasattr(part, "__array__") for part in value))
 
 
-def _unloaded(name: str, loader: loading.DataLoader[Any], notes: list[str]) -> tuple[batch.Collate, Tensor | None]:
+def _unloaded(name: str, loader: loading.DataLoader[Any], notes: list[str]) -> tuple[Collate, Tensor | None]:
     """How a loader makes batches, and of which rows; None for all."""
     if loader.batch_sampler is None:
         raise ProtocolError(
@@ -116,7 +126,7 @@ def _unloaded(name: str, loader: loading.DataLoader[Any], notes: list[str]) -> t
     said = "of each DataLoader its dataset and collate function are used; batch size and order are those of the comparison, "
     if not any(note.startswith(said) for note in notes):
         notes.append(f"{said}not its own{f' ({loader.batch_size})' if loader.batch_size else ''}")
-    collate = batch.Collate(
+    collate = Collate(
         None if loader.collate_fn in (loading.default_collate, loading.default_convert) else loader.collate_fn
     )
     if isinstance(loader.dataset, loading.IterableDataset):
@@ -141,9 +151,9 @@ def _held(name: str, source: Any, notes: list[str]) -> list[Any]:
     """The samples of an iterable, in memory; up to half of what is free."""
     free, used, samples = _free_bytes() // 2, 0, []
     for sample in islice(source, len(source)):
-        inputs, target = batch.parted(f"{name}[{len(samples)}]", sample)
+        inputs, target = parted(f"{name}[{len(samples)}]", sample)
         samples.append((inputs, target))
-        used += sum(tensor.nbytes for _, tensor in batch.named(inputs)) + target.nbytes
+        used += sum(tensor.nbytes for _, tensor in named(inputs)) + target.nbytes
         if used > free:
             raise ProtocolError(
                 f"{name} is iterated, and its first {len(samples)} of {len(source)} samples fill half of the free memory "
@@ -160,7 +170,7 @@ def _free_bytes() -> int:
         return 1 << 32
 
 
-def _samples(name: str, source: Any, rows: Tensor, collate: batch.Collate, notes: list[str]) -> Split:
+def _samples(name: str, source: Any, rows: Tensor, collate: Collate, notes: list[str]) -> Split:
     """A split of a dataset, of which every sample is read once for its target and looked at."""
     found: list[Tensor] = []
     split = Split(rows, source=source, rows=rows, collate=collate)
@@ -171,14 +181,14 @@ def _samples(name: str, source: Any, rows: Tensor, collate: batch.Collate, notes
             _say_left_out(samples[0], notes)
         if collate.function is None:
             for row, sample in zip(index.tolist(), samples, strict=True):
-                inputs, target = batch.parted(f"{name}[{row}]", sample)
-                for part, tensor in batch.named(inputs):
+                inputs, target = parted(f"{name}[{row}]", sample)
+                for part, tensor in named(inputs):
                     check_finite(f"{name}[{row}] {part}", tensor)
-                shapes.add(tuple((part, *tensor.shape) for part, tensor in batch.named(inputs)))
+                shapes.add(tuple((part, *tensor.shape) for part, tensor in named(inputs)))
                 found.append(target[None])
         else:
             inputs, targets = collate(samples)
-            for part, tensor in [*batch.named(inputs), ("targets", targets)]:
+            for part, tensor in [*named(inputs), ("targets", targets)]:
                 if tensor.ndim == 0 or len(tensor) != len(samples):
                     raise ProtocolError(
                         f"{name}: of {len(samples)} samples the collate function makes {part} {tuple(tensor.shape)}; "
@@ -192,19 +202,17 @@ def _samples(name: str, source: Any, rows: Tensor, collate: batch.Collate, notes
             f"{name} has inputs of unequal shapes or names, which make no batch: {one} and {other}; pad them, or give a "
             "DataLoader with a collate_fn that pads, such as transformers.DataCollatorWithPadding(tokenizer)"
         )
-    return replace(split, targets=batch.as_targets(_joined(name, found, collate)))
+    return replace(split, targets=as_targets(_joined(name, found, collate)))
 
 
-def _joined(name: str, found: list[Tensor], collate: batch.Collate) -> Tensor:
+def _joined(name: str, found: list[Tensor], collate: Collate) -> Tensor:
     if not found:
         return torch.empty(0, dtype=torch.long)
     ranks, shapes = {targets.ndim for targets in found}, {targets.shape[1:] for targets in found}
     if len(shapes) > 1 and collate.function is not None and ranks == {2} and not found[0].is_floating_point():
         # A collate function pads to the longest of its batch.
         longest = max(targets.shape[1] for targets in found)
-        found = [
-            torch.nn.functional.pad(targets, (0, longest - targets.shape[1]), value=batch.IGNORED) for targets in found
-        ]
+        found = [torch.nn.functional.pad(targets, (0, longest - targets.shape[1]), value=IGNORED) for targets in found]
     elif len(shapes) > 1:
         raise ProtocolError(
             f"{name} has targets of unequal shapes; pad them (with -100 where a token is to be ignored), or give a DataLoader "
@@ -215,9 +223,9 @@ def _joined(name: str, found: list[Tensor], collate: batch.Collate) -> Tensor:
 
 def _say_left_out(sample: Any, notes: list[str]) -> None:
     if isinstance(sample, Mapping):
-        inputs, _ = batch.parted("a sample", sample)
+        inputs, _ = parted("a sample", sample)
         assert isinstance(inputs, dict)
-        left = [str(key) for key in sample if key != batch.target_key(sample) and str(key) not in inputs]
+        left = [str(key) for key in sample if key != target_key(sample) and str(key) not in inputs]
         if left:
             notes.append(f"text and empty columns are left out: {', '.join(left)}")
 
@@ -244,7 +252,7 @@ def interpret(name: str, splits: Mapping[str, Split], notes: list[str]) -> dict[
         return {key: _changed(split, split.targets.bool(), yes_or_no=True) for key, split in splits.items()}
     if wide and not train.is_floating_point() and all(map(_repeats, splits.values())):
         notes.append("targets repeat the input tokens: each token's target is the next one (a causal language model)")
-        return {key: _changed(split, batch.shifted(split.targets), shifted=True) for key, split in splits.items()}
+        return {key: _changed(split, shifted(split.targets), shifted=True) for key, split in splits.items()}
     return dict(splits)
 
 
@@ -257,14 +265,14 @@ def _repeats(split: Split) -> bool:
     tokens = inputs.get("input_ids") if isinstance(inputs, dict) else inputs
     if not isinstance(tokens, Tensor) or tokens.shape != targets.shape or tokens.is_floating_point():
         return False
-    return bool((tokens == targets)[targets != batch.IGNORED].all())
+    return bool((tokens == targets)[targets != IGNORED].all())
 
 
 def _per_token(split: Split) -> bool:
     inputs, targets = split.batch(torch.arange(1), torch.device("cpu"))
     return any(
         tensor.shape[:2] == targets.shape and (tensor.ndim > 2 or not tensor.is_floating_point())
-        for _, tensor in batch.named(inputs)
+        for _, tensor in named(inputs)
     )
 
 
@@ -281,7 +289,7 @@ def check_split(name: str, split: Split) -> None:
         return
     if targets.ndim > 2:
         raise ProtocolError(f"{name} targets are integers {tuple(targets.shape)}; wanted classes (n,) or (n, tokens)")
-    wrong = (targets < 0) & (targets != batch.IGNORED) if targets.ndim == 2 else targets < 0
+    wrong = (targets < 0) & (targets != IGNORED) if targets.ndim == 2 else targets < 0
     if wrong.any():
         where = tuple(wrong.nonzero()[0].tolist())
         also = " (or -100 where a token is ignored)" if targets.ndim == 2 else ""
@@ -289,7 +297,7 @@ def check_split(name: str, split: Split) -> None:
         raise ProtocolError(
             f"{name} targets hold {int(targets[where])} at {_place(where)}; wanted class indices from 0{also}{hidden}"
         )
-    if not (targets != batch.IGNORED).any():
+    if not (targets != IGNORED).any():
         raise ProtocolError(f"{name} targets are all -100 (ignored); nothing is left to learn or judge")
 
 
@@ -307,7 +315,7 @@ def check_agreement(name: str, splits: Mapping[str, Split], notes: list[str]) ->
             raise ProtocolError(
                 f"{name}: targets of {key} are all equal, so R² is not defined; give a split that varies"
             )
-    known = train[train != batch.IGNORED].unique()
+    known = train[train != IGNORED].unique()
     if len(known) < 2:
         raise ProtocolError(
             f"{name}: all targets of train are {known[0].item()}, a single class, which leaves nothing to learn; "

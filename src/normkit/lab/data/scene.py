@@ -13,6 +13,13 @@ from torch import Tensor
 from normkit.core.errors import ProtocolError
 from normkit.lab.data.root import data_root, reading
 
+SCENES = ("fern", "flower", "fortress", "horns", "leaves", "orchids", "room", "trex")
+FOLDER = "nerf_llff_data"
+FACTOR = 8  # times that the publishers downscaled the pictures which are read
+HOLD = 8  # every 8th view is held out
+_ROOM = 0.75  # the nearest point lies at 1 / 0.75 before the mean camera, safely behind the near plane at 1
+_ROUNDING = 1e-2  # of axes, which are of length 1
+
 
 @dataclass(frozen=True)
 class Rays:
@@ -188,12 +195,6 @@ def _pose(view: int, views: int) -> Tensor:
     return torch.stack([right, torch.linalg.cross(back, right), back, 4 * back], dim=1)
 
 
-SCENES = ("fern", "flower", "fortress", "horns", "leaves", "orchids", "room", "trex")
-FOLDER = "nerf_llff_data"
-FACTOR = 8  # times that the publishers downscaled the pictures which are read
-HOLD = 8  # every 8th view is held out
-_ROOM = 0.75  # the nearest point lies at 1 / 0.75 before the mean camera, safely behind the near plane at 1
-_ROUNDING = 1e-2  # of axes, which are of length 1
 _CURE = (
     f"unpack nerf_llff_data.zip of the NeRF authors (https://www.matthewtancik.com/nerf) so that DATA_ROOT/{FOLDER}/<scene> "
     "holds images_8 and poses_bounds.npy, and give --data-root DATA_ROOT"

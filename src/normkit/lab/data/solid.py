@@ -20,6 +20,12 @@ from normkit.lab.data.root import data_root, reading
 
 VIEW = 30.0, 20.0  # degrees about y, and downwards
 _FACES = 50_000  # whose pairs with the lines near them are held at a time
+FOLDER = "meshes"
+ENDINGS = (".ply", ".obj", ".off", ".stl")
+FILLS = 0.9  # the longest side of the bounding box spans [-0.9, 0.9]
+_STEPS = 12  # of Newton's method towards the surface
+_CLOSE = 1e-4
+SPREAD = 0.01  # standard deviation of points about the surface
 
 
 @dataclass(frozen=True)
@@ -107,9 +113,6 @@ def _shade(normal: np.ndarray) -> np.ndarray:
     return np.clip(light[:, None] * np.array([0.93, 0.9, 0.86]), 0, 1)
 
 
-FOLDER = "meshes"
-ENDINGS = (".ply", ".obj", ".off", ".stl")
-FILLS = 0.9  # the longest side of the bounding box spans [-0.9, 0.9]
 _CURE = (
     f"put a closed mesh (.ply, .obj, .off or .stl), such as one of the Stanford 3D Scanning Repository "
     f"(https://graphics.stanford.edu/data/3Dscanrep), into DATA_ROOT/{FOLDER} and give --data-root DATA_ROOT"
@@ -174,11 +177,6 @@ def read_mesh(path: Path) -> MeshSolid:
             "nothing to learn. Fill the holes (MeshLab: Filters, Remeshing, Close Holes) or take another mesh"
         )
     return MeshSolid(path.stem, vertices, faces)
-
-
-_STEPS = 12  # of Newton's method towards the surface
-_CLOSE = 1e-4
-SPREAD = 0.01  # standard deviation of points about the surface
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from normkit.lab.say import counted
 from normkit.lab.train.learning import Training
 
 BASE, E = "BN", "BN + E"
+# What the small scale leaves out.
+LARGE = ("E, norms of 100 steps ago", "BN + W + E", "BN + SN", "BN + SN + E", "Ruiz", "both at once")
 
 
 def _e(name: str, recipe: str = "bn", **options: Any) -> Row:
@@ -54,8 +56,6 @@ PARTS: dict[str, tuple[Row, ...]] = {
         _e("rows of greatest element 1", norm="inf"),
     ),
 }
-# What the small scale leaves out.
-LARGE = ("E, norms of 100 steps ago", "BN + W + E", "BN + SN", "BN + SN + E", "Ruiz", "both at once")
 SMALL: dict[str, Any] = {"size": 16, "train": 1024, "val": 1000, "test": 1000, "width": 0.5, "epochs": 8}
 OPTIMIZERS = {"Adam": 1e-3, "AdamW": 1e-3}
 

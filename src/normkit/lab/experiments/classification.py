@@ -15,7 +15,7 @@ from normkit.lab.data.cifar import download_missing, source
 from normkit.lab.experiment import Bench, Drawing, Table
 from normkit.lab.experiments.runs import SEEDS_ALONE
 from normkit.lab.report import drawing
-from normkit.lab.report.tables import edges, rates_table, time_table
+from normkit.lab.report.experiment_tables import edges, rates_table, time_table
 from normkit.lab.say import counted
 from normkit.lab.stats import BETTER, WORSE, gain, judge_runs, mean, scored, spread, tell, tune, where
 from normkit.lab.train.cost import Costs
@@ -26,6 +26,8 @@ PAPER = method("weight_conditioning").paper
 # What is looked at: each row at the one rate that the paper gives, or each at the best of its own sweep.
 GIVEN, TUNED = "given", "tuned"
 Learn = Callable[[Training, Path], dict[str, Any]]
+# Of a panel: what of a curve it shows, by what that is multiplied, and what it is called.
+PANELS = (("train_loss", 1, "training loss"), ("val_score", 100, "validation Top-1 in %"))
 
 
 @dataclass(frozen=True)
@@ -311,8 +313,6 @@ def difference(result: Mapping[str, Any], label: str, one: str, other: str) -> s
 
 
 CROWD = 1 + len(drawing.HUES)  # with more methods than that, lines share colours and hide one another
-# Of a panel: what of a curve it shows, by what that is multiplied, and what it is called.
-PANELS = (("train_loss", 1, "training loss"), ("val_score", 100, "validation Top-1 in %"))
 CAPTIONS = {
     "curves": f"training loss, on a log scale, and validation Top-1 along training; {drawing.SEEDS}. Compare the distance "
     "between lines with the width of their bands.",

@@ -30,7 +30,7 @@ from normkit.lab.models.convolutional import densenet, inception8
 from normkit.lab.models.nerf import RadianceField
 from normkit.lab.models.vit import vit_s, vit_tiny
 from normkit.lab.report.drawing import COLOURS, FULL, GREY, INK, rows_of
-from normkit.lab.report.tables import tell_ratio
+from normkit.lab.report.experiment_tables import tell_ratio
 from normkit.lab.say import counted
 from normkit.lab.seeding import reseed
 from normkit.lab.settings import Settings

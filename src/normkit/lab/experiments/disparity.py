@@ -61,6 +61,8 @@ KINDS = {
 BATCHES = {"tiny": (4, 8), "small": (4, 32), "full": (4, 32)}
 HIDDEN = 64
 JUDGED = 1024  # training images on which statistics are re-estimated
+STRONG = 10.0  # what one image of a batch is multiplied by
+RESPONSES = 8  # values per channel in the table of what one value becomes
 
 
 @dataclass(frozen=True)
@@ -292,9 +294,7 @@ def _ranges(result: dict[str, Any]) -> Figure:
     return figure
 
 
-STRONG = 10.0  # what one image of a batch is multiplied by
 OUTLIERS = [2.0 ** (power / 2) for power in range(-4, 15)]
-RESPONSES = 8  # values per channel in the table of what one value becomes
 
 
 @torch.no_grad()

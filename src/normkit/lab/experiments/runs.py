@@ -31,6 +31,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "full": {"data": "cifar10", "train": None, "test": None, "halve": False, "width": 32},
 }
 SEEDS_ALONE = "Intervals and deviations cover seeds alone: all seeds share the images to learn from and to judge."
+LEARNED = 0.9  # a loss below this part of guessing counts as learned
 
 
 def size_of(bench: Bench, epochs: int) -> dict[str, Any]:
@@ -117,7 +118,6 @@ def side(gaps: stats.Interval, below: str, above: str, unsure: str = "not told a
 
 
 GUESS = math.log(10)  # the loss of guessing one of ten classes
-LEARNED = 0.9  # a loss below this part of guessing counts as learned
 
 
 def by_rate(runs: Iterable[stats.Row]) -> dict[float, list[float | None]]:

@@ -26,7 +26,7 @@ from normkit.lab.fields.occupancy import OccupancyJob, learn_solid, measure_soli
 from normkit.lab.fields.radiance import decode
 from normkit.lab.models.nerf import Kind
 from normkit.lab.report.drawing import FAINT, FULL, SEEDS, along, name_ends, plain
-from normkit.lab.report.tables import edges, lowered, rates_table, time_table
+from normkit.lab.report.experiment_tables import edges, lowered, rates_table, time_table
 from normkit.lab.stats import mean, spread, tell, where
 
 PAPER = method("weight_conditioning").paper

@@ -16,7 +16,7 @@ from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments import runs
 from normkit.lab.models.small_cnn import Shift, SmallCNN
 from normkit.lab.report.drawing import COLOURS, FAINT, FULL, GREY, dots, rows_of
-from normkit.lab.report.tables import edges, rates_table
+from normkit.lab.report.experiment_tables import edges, rates_table
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import gain, judge_runs, known, spread, tell, tune, where
 from normkit.lab.train.images import OK, Images, Size, Stream, accuracy, device, fit

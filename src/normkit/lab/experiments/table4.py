@@ -25,7 +25,7 @@ from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments import runs as trials
 from normkit.lab.fields.radiance import RadianceJob, decode, learn_scene, measure_scene
 from normkit.lab.report.drawing import FULL, SEEDS, along, log, name_ends, plain
-from normkit.lab.report.tables import edges, lowered, rates_table, time_table
+from normkit.lab.report.experiment_tables import edges, lowered, rates_table, time_table
 from normkit.lab.say import counted
 from normkit.lab.stats import Row, mean, spread, tell, where
 

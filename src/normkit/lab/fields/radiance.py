@@ -27,6 +27,9 @@ from normkit.lab.train.images import OK, descend, device, walk
 
 _FAR_AWAY = 1e10  # the last sample stands for all that lies behind it
 _FLOOR = 1e-5  # added to every weight, so that no part of a ray is never looked at
+VIEWS = 3  # held-out views that judge, as in the paper
+_PROBE = 2048  # pixels, of training views and of those that judge, that are measured along training
+_FALL = 0.1**0.8  # of the learning rate over a run: 0.1 each 250,000 steps, 200,000 steps
 
 
 @dataclass(frozen=True)
@@ -149,11 +152,6 @@ def psnr(error: float) -> float:
     return -10 * math.log10(max(error, 1e-12))
 
 
-VIEWS = 3  # held-out views that judge, as in the paper
-_PROBE = 2048  # pixels, of training views and of those that judge, that are measured along training
-_FALL = 0.1**0.8  # of the learning rate over a run: 0.1 each 250,000 steps, 200,000 steps
-
-
 @dataclass(frozen=True)
 class RadianceJob(Work, path="{0.subject}/{0.row}/rate={0.rate:g}/seed={0.seed}"):
     """What to train, and how: a scene, a row's name and recipe, the scale of its trunks, and the published settings."""
@@ -181,9 +179,7 @@ class RadianceJob(Work, path="{0.subject}/{0.row}/rate={0.rate:g}/seed={0.seed}"
 
 def find_scene(name: str, reduce: int = 1) -> Scene:
     """Reads a scene from the folder in ``NORMKIT_DATA``; balls need no data; `reduce` is the side of the squares to average."""
-    if name == "spheres":
-        return spheres(max(8, 96 // reduce))
-    return llff(scene=name, reduce=reduce)
+    return spheres(max(8, 96 // reduce)) if name == "spheres" else llff(scene=name, reduce=reduce)
 
 
 def learn_scene(job: RadianceJob, folder: Path) -> dict[str, Any]:

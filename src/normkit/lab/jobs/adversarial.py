@@ -19,6 +19,13 @@ from normkit.surgery.recipe import apply_recipe
 from normkit.weights.spectral_norm import power_iteration
 
 SLOPE = 0.1
+CLIP = 0.1
+TOLERANCE = 1e-3
+FOLLOWED = ("none", "sn")
+STD, BATCH, CRITIC = 0.05, 128, 2
+RATES = 1e-3, 5e-4
+LOOKS = 20
+GRID, WIDE = 41, 3.0
 
 
 def ring(
@@ -54,10 +61,6 @@ class PointDiscriminator(nn.Sequential):
             *(nn.Linear(hidden, hidden), nn.LeakyReLU(SLOPE)),
             nn.Linear(hidden, 1),
         )
-
-
-CLIP = 0.1
-TOLERANCE = 1e-3
 
 
 def demand_numbers(model: nn.Module) -> None:
@@ -149,15 +152,6 @@ def needed(matrix: Tensor, u: Tensor | None = None, v: Tensor | None = None, don
 def stable_rank(values: list[float]) -> float:
     """The sum of squared singular values by the largest of them: how many count."""
     return sum(value * value for value in values) / max(max(values) ** 2, 1e-30)
-
-
-FOLLOWED = ("none", "sn")
-
-
-STD, BATCH, CRITIC = 0.05, 128, 2
-RATES = 1e-3, 5e-4
-LOOKS = 20
-GRID, WIDE = 41, 3.0
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 from normkit.core.errors import OptionError
 
+GROWTH, LAYERS, BOTTLENECK = 16, (6, 6, 6, 6), 2  # channels per layer, layers per block, channels between in growths
+CHANNELS, STRIDES = (64, 128, 256, 512), (1, 2, 2, 2)
+
 
 def scaled(channels: int, width: float) -> int:
     """Gives a number of channels times `width`, a factor above 0; rounded, at least 1."""
     if not 0 < width < float("inf"):
         raise OptionError(f"width is {width}; wanted a factor above 0, such as 0.5")
     return max(1, round(channels * width))
-
-
-GROWTH, LAYERS, BOTTLENECK = 16, (6, 6, 6, 6), 2  # channels per layer, layers per block, channels between in growths
 
 
 class DenseLayer(nn.Module):
@@ -153,31 +153,17 @@ class Inception(nn.Module):
 SMALL: Block = ((8, 4), (8, 12, 6, 6))
 DIGITS = (SMALL, None, SMALL, SMALL)
 NARROW: tuple[Block | None, ...] = (
-    ((32, 16), (16, 32, 8, 8)),
-    ((32, 16), (24, 48, 12, 12)),
-    None,
-    ((32, 16), (24, 48, 12, 12)),
-    ((32, 16), (16, 48, 16, 16)),
-    ((32, 16), (16, 48, 16, 16)),
-    ((32, 16), (32, 48, 24, 24)),
-    None,
-    ((48, 16), (32, 64, 16, 16)),
-    ((48, 16), (32, 64, 16, 16)),
-)
+    ((32, 16), (16, 32, 8, 8)), ((32, 16), (24, 48, 12, 12)), None,
+    ((32, 16), (24, 48, 12, 12)), ((32, 16), (16, 48, 16, 16)), ((32, 16), (16, 48, 16, 16)), ((32, 16), (32, 48, 24, 24)), None,
+    ((48, 16), (32, 64, 16, 16)), ((48, 16), (32, 64, 16, 16)),
+)  # fmt: skip
 # Blocks 3a to 5b of the paper's table 1.
 FULL: tuple[Block | None, ...] = (
-    ((96, 16), (64, 128, 32, 32)),
-    ((128, 32), (128, 192, 96, 64)),
-    None,
-    ((96, 16), (192, 208, 48, 64)),
-    ((112, 24), (160, 224, 64, 64)),
-    ((128, 24), (128, 256, 64, 64)),
-    ((144, 32), (112, 288, 64, 64)),
-    ((160, 32), (256, 320, 128, 128)),
-    None,
-    ((160, 32), (256, 320, 128, 128)),
-    ((192, 48), (384, 384, 128, 128)),
-)
+    ((96, 16), (64, 128, 32, 32)), ((128, 32), (128, 192, 96, 64)), None,
+    ((96, 16), (192, 208, 48, 64)), ((112, 24), (160, 224, 64, 64)), ((128, 24), (128, 256, 64, 64)),
+    ((144, 32), (112, 288, 64, 64)), ((160, 32), (256, 320, 128, 128)), None,
+    ((160, 32), (256, 320, 128, 128)), ((192, 48), (384, 384, 128, 128)),
+)  # fmt: skip
 
 
 def digits_inception(classes: int = 10) -> Inception:
@@ -195,9 +181,6 @@ def googlenet(classes: int = 10, width: float = 1.0) -> Inception:
     sizes = (3, scaled(64, width), scaled(64, width), scaled(192, width))
     stem = tuple(ConvUnit(wide, wider, 3, bias=False) for wide, wider in pairwise(sizes))
     return Inception(stem, FULL, classes, width, factorized=True, dropout=0.4)
-
-
-CHANNELS, STRIDES = (64, 128, 256, 512), (1, 2, 2, 2)
 
 
 class ResidualBlock(nn.Module):

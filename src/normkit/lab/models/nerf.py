@@ -14,6 +14,7 @@ from normkit.surgery.recipe import Recipe, apply_recipe
 
 Norm = Callable[[int], nn.Module]
 BANDS = 10, 4  # frequencies of points and of directions
+OCCUPANCY_BANDS = 8  # of the positional encoding
 
 
 class PositionalEncoding(nn.Module):
@@ -87,7 +88,6 @@ def nerf(recipe: str = "none", *, width: int = 256, depth: int = 8, skip: int = 
 
 
 Kind = Literal["gaussian", "sine", "relu"]
-OCCUPANCY_BANDS = 8  # of the positional encoding
 
 
 class Gaussian(nn.Module):

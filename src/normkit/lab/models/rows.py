@@ -11,6 +11,7 @@ from normkit.weights.weight_conditioning import weight_conditioning
 
 Scale = Literal["", "unit", "kept"]
 _TRUNK = "re:trunk"
+EPS = 1e-12
 
 
 def scale_rows(model: nn.Module, scale: Scale) -> None:
@@ -30,9 +31,6 @@ def scale_rows(model: nn.Module, scale: Scale) -> None:
 def unit_rows(weight: torch.Tensor) -> None:
     """Divides each row of a weight by its norm, in place."""
     weight /= weight.flatten(1).norm(dim=1).view(-1, *[1] * (weight.dim() - 1))
-
-
-EPS = 1e-12
 
 
 class ByNorm(nn.Module):

@@ -74,12 +74,7 @@ class SmallCNN(nn.Module):
     """
 
     def __init__(
-        self,
-        norm: Callable[[int], nn.Module],
-        classes: int = 10,
-        channels: int = 3,
-        width: int = 16,
-        hidden: int = 0,
+        self, norm: Callable[[int], nn.Module], classes: int = 10, channels: int = 3, width: int = 16, hidden: int = 0
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = []

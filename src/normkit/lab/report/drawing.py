@@ -35,6 +35,16 @@ HUES = (
 )
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES: tuple[Line, ...] = ("-", "--", "-.", ":")
+GREY = BASELINE[0]
+COLOURS = [light for light, _ in HUES]
+SHAPES = list(MARKERS)
+COLUMN = 3.4  # inches: one column of a two-column page
+FULL = 7.0
+NAME = 24  # letters per line of a name
+INK, FAINT, GRID = "#222222", "#8a8a8a", "#e3e3e3"
+DPI = 200
+FRAME, LAST = 80, 2500  # milliseconds for which a frame of what moves stays, and its last one
+SEEDS = "lines are means over seeds, in bands from the lowest seed to the highest"  # in captions
 
 
 @dataclass(frozen=True)
@@ -58,11 +68,7 @@ def styles(names: list[str], baseline: str) -> list[Style]:
     return chosen
 
 
-COLUMN = 3.4  # inches: one column of a two-column page
-FULL = 7.0
 DOTTED: Any = (0, (1, 1.2))
-NAME = 24  # letters per line of a name
-INK, FAINT, GRID = "#222222", "#8a8a8a", "#e3e3e3"
 LOOK: dict[Any, Any] = matplotlib.rc_params_from_file(
     Path(__file__).with_name("paper.mplstyle"), use_default_template=False
 )
@@ -101,14 +107,6 @@ def plain(text: str) -> str:
 def folded(name: str) -> str:
     """A recipe's name as a label of a figure, in lines that leave room for what is drawn."""
     return plain("\n".join(wrap(name, NAME)))
-
-
-DPI = 200
-FRAME, LAST = 80, 2500  # milliseconds for which a frame of what moves stays, and its last one
-GREY = BASELINE[0]
-COLOURS = [light for light, _ in HUES]
-SHAPES = list(MARKERS)
-SEEDS = "lines are means over seeds, in bands from the lowest seed to the highest"  # in captions
 
 
 class Motion(NamedTuple):

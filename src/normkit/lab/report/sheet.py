@@ -36,9 +36,7 @@ ENDLESS = 10**6
 
 def cell(value: Any) -> str:
     """A cell of a table as text: up to four significant digits."""
-    if value is None:
-        return ABSENT
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return ABSENT if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def spelled(text: str, console: Console, style: str = "") -> Text:

@@ -22,6 +22,9 @@ from normkit.lab.stats import DIVERGED, OK
 from normkit.lab.sweep import Work
 
 PAUSE = 20.0  # seconds between checkpoints
+CHUNK = 500
+VALIDATED = 500
+LOOK_EVERY = 50  # steps between looks at the loss
 
 
 class Diverged(Exception):
@@ -85,9 +88,6 @@ def device() -> torch.device:
 
 
 Images = tuple[Tensor, Tensor]
-CHUNK = 500
-VALIDATED = 500
-LOOK_EVERY = 50  # steps between looks at the loss
 
 
 @dataclass(frozen=True, kw_only=True)

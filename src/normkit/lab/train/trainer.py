@@ -24,6 +24,11 @@ from normkit.schedules import linear_rate
 
 # Where the step schedule takes the rate down, as parts of the run, and by how much.
 STEPS, FACTOR = (0.5, 0.75), 0.1
+SHOWN = ("rate", "train_loss", "val_loss", "val_score")
+# A loss is looked at only so often, because looking waits for the device.
+LOOK_EVERY = 20
+METRICS_FILE, TIMING_FILE = "metrics.jsonl", "timing.jsonl"
+STATE = ("epoch", "model", "optimizer", "precision", "metrics", "timing")
 
 
 def rate_at(settings: Settings, rate: float, step: int, steps: int) -> float:
@@ -44,9 +49,6 @@ def rate_at(settings: Settings, rate: float, step: int, steps: int) -> float:
 
     # linear_rate counts from 1, and `after` what has been done.
     return rate * linear_rate(step + 1, warm, lambda done: after(done - 1))
-
-
-SHOWN = ("rate", "train_loss", "val_loss", "val_score")
 
 
 def write_curves(writer: Any, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -73,15 +75,11 @@ def curve_writer(folder: Path) -> Any:
     return SummaryWriter(str(folder))
 
 
-# A loss is looked at only so often, because looking waits for the device.
-LOOK_EVERY = 20
 CONDITIONS = named(each(maybe(POSITIVE), count=2))  # of each layer, the raw weight's and the effective one's
 METRICS = fields(
     epoch=COUNT, step=COUNT, rate=NUMBER, train_loss=NUMBER, val_loss=NUMBER, val_score=NUMBER, condition=CONDITIONS
 )
 TIMING = fields(epoch=COUNT, seconds=NUMBER)
-METRICS_FILE, TIMING_FILE = "metrics.jsonl", "timing.jsonl"
-STATE = ("epoch", "model", "optimizer", "precision", "metrics", "timing")
 
 
 class Judged(NamedTuple):

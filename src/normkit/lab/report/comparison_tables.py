@@ -1,4 +1,4 @@
-"""The tables of a comparison and what is remarked on them, and what its page is given."""
+"""The tables of a comparison, the remarks on them, and the context of its page."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from normkit.lab.stats import detectable, seeds_for
 Columns = dict[str, Callable[[dict[str, Any]], Cell]]  # what stands in each, of a recipe
 
 
-def tables(result: dict[str, Any]) -> list[Table]:
+def main_tables(result: dict[str, Any]) -> list[Table]:
     """Scores, costs, condition numbers and changes of each recipe."""
     recipes, base, target = result["recipes"], result["baseline"], number(at(result, "target.score"), "score")
     names, count = [recipe["recipe"] for recipe in recipes], max(len(recipe["runs"]) for recipe in recipes)
@@ -103,12 +103,12 @@ def reached(recipe: dict[str, Any], key: str, kind: str) -> str:
     return number(middle, kind) + short
 
 
-def further(result: dict[str, Any]) -> list[Table]:
+def further_tables(result: dict[str, Any]) -> list[Table]:
     """Scores at equal time, hours of a full training, and verdicts on all recipes together."""
     return [*_equal_time(result), *_full(result), *_together(result)]
 
 
-def remarks(result: dict[str, Any]) -> list[str]:
+def reading_notes(result: dict[str, Any]) -> list[str]:
     """How to read them, and what this many seeds can and can't show."""
     said, more = [], {recipe["recipe"]: recipe["extended"] for recipe in result["recipes"] if recipe.get("extended")}
     if more:
@@ -183,8 +183,8 @@ def _together(result: dict[str, Any]) -> list[Table]:
     rows = []
     for recipe in judged:
         single, chance = judge(recipe, result["baseline"]), recipe["paired"]["holm"]
-        shown = single if single in ("better", "worse") and chance <= 1 - level else "no difference shown"
-        rows.append([recipe["recipe"], f"{recipe['paired']['p']:.2g}", f"{chance:.2g}", shown])
+        told = single if single in ("better", "worse") and chance <= 1 - level else "no difference shown"
+        rows.append([recipe["recipe"], f"{recipe['paired']['p']:.2g}", f"{chance:.2g}", told])
     note = (
         f"Of {len(judged)} comparisons with {result['baseline']} one may look better by chance. At most "
         f"{100 * (1 - level):.2g}% of such tables hold a wrong verdict (Holm 1979)."
@@ -192,36 +192,41 @@ def _together(result: dict[str, Any]) -> list[Table]:
     return [Table("All recipes judged together", ["recipe", "p", "p adjusted", "verdict"], rows, [note])]
 
 
-def shown(result: dict[str, Any]) -> list[Table]:
+def all_tables(result: dict[str, Any]) -> list[Table]:
     """All tables of a comparison."""
-    return [*tables(result), *further(result)]
+    return [*main_tables(result), *further_tables(result)]
 
 
-def remarked(result: dict[str, Any]) -> list[str]:
+def all_remarks(result: dict[str, Any]) -> list[str]:
     """What was found, and what a reader must know before trusting it."""
     told = *wording.findings(result), *wording.cautions(result)
-    return [*told, *remarks(result), *result["task"].get("notes", ())]
+    return [*told, *reading_notes(result), *result["task"].get("notes", ())]
 
 
-def given(result: dict[str, Any]) -> dict[str, Any]:
+def page_context(result: dict[str, Any]) -> dict[str, Any]:
     """What ``comparison.html`` is given, next to the result."""
     from normkit.lab.report import figures
     from normkit.lab.report.drawing import styles
 
     names = [recipe["recipe"] for recipe in result["recipes"]]
     seeds = sorted({str(entry["seed"]) for recipe in result["recipes"] for entry in recipe["sweep"]}, key=len)
-    scores, costs, *conditioned, changes = tables(result)
+    scores, costs, *conditioned, changes = main_tables(result)
     return {
         "looks": dict(zip(names, styles(names, result["baseline"]), strict=True)),
         "pictures": {picture.name or "time": picture for picture in figures.pictures(result)},
         "tables": {"scores": scores, "costs": costs, "conditioned": conditioned, "changes": changes},
-        "lists": {"sweeps": swept(result), "runs": runs(result), "further": further(result), "more": remarks(result)},
+        "lists": {
+            "sweeps": rates_table(result),
+            "runs": runs_table(result),
+            "further": further_tables(result),
+            "more": reading_notes(result),
+        },
         "swept": f"{'seed' if len(seeds) == 1 else 'seeds'} {listing(seeds) if seeds else 'none'}",
         "wording": wording,
     }
 
 
-def swept(result: dict[str, Any]) -> Table:
+def rates_table(result: dict[str, Any]) -> Table:
     """The learning rates that were tried."""
     columns = ["recipe", "learning rate", "seed", f"validation {score_name(result)}", "status", "records"]
     rows = [
@@ -239,7 +244,7 @@ def swept(result: dict[str, Any]) -> Table:
     return Table("Learning rates tried", columns, rows, [f"Validation {score_name(result)} after the last epoch."])
 
 
-def runs(result: dict[str, Any]) -> Table:
+def runs_table(result: dict[str, Any]) -> Table:
     """Every run at the rate that was kept."""
     score = score_name(result)
     kinds = {
