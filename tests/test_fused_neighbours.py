@@ -212,3 +212,56 @@ def test_rows_are_rounded_as_from_the_output(width: int, dtype: torch.dtype) -> 
         assert (q[real].int() - wanted[real].int()).abs().max() <= (2 if dtype == torch.bfloat16 else 1)
         assert q[1, 3].eq(0).all()
         assert scale[0, 2].isnan()
+
+
+class Residual(nn.Module):
+    """Adds in place; a dropout that does so in training alone stands in another place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        self.last = nn.Sequential(nn.BatchNorm2d(4), nn.Dropout(inplace=True), nn.Conv2d(4, 4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        y += x
+        return self.last(y)
+
+
+RELU = nn.ReLU(inplace=True)
+# A model, whether it is seen running, and what its norms keep.
+IN_PLACE: dict[str, tuple[Callable[[], nn.Module], bool, str]] = {
+    "behind": (lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), RELU), False, "input"),
+    "through a view": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.Identity(), RELU), False, "input"),
+    "by a parent": (lambda: nn.Sequential(nn.Sequential(nn.BatchNorm2d(4)), RELU), False, "input"),
+    "later": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), RELU), False, "output"),
+    "later, seen": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.SiLU(), RELU), True, "output"),
+    "an operator, seen": (Residual, True, "output input input"),
+    "nothing": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), False, "output"),
+}
+
+
+@pytest.mark.parametrize("case", IN_PLACE)
+def test_a_norm_whose_output_is_changed_keeps_its_input(case: str) -> None:
+    make, seen, wanted = IN_PLACE[case]
+    model, x = make(), torch.randn(2, 4, 5, 5)
+    done = nk.accelerate(model, save="output", example=x if seen else None)
+    assert [norm.save for norm in model.modules() if isinstance(norm, nk.BatchNorm)] == wanted.split()
+    assert ["keeps its input, as" in row.note for row in done] == [kept == "input" for kept in wanted.split()]
+    model(x).sum().backward()
+
+
+def test_a_norm_whose_gain_is_too_small_keeps_its_input() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    nn.init.zeros_(model[2].weight)
+    done = nk.accelerate(model, save="output")
+    assert ["gain" in row.note for row in done] == [False, True]
+    model(torch.randn(2, 4, 5, 5)).sum().backward()
+
+
+def test_the_error_after_a_change_in_place_says_the_cure() -> None:
+    y = nk.LayerNorm(8, save="output")(torch.randn(3, 8, requires_grad=True))
+    y.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation") as caught:
+        y.sum().backward()
+    assert 'use save="input"' in caught.value.__notes__[0]

@@ -322,7 +322,15 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *arrived: Tensor | None) -> tuple[Tensor | None, ...]:
-        ready, (x, weight, bias), needs = ctx.ready, ctx.saved_tensors, ctx.needs_input_grad
+        ready, needs = ctx.ready, ctx.needs_input_grad
+        try:
+            x, weight, bias = ctx.saved_tensors
+        except RuntimeError as error:
+            if ready.output and "inplace" in str(error):
+                error.add_note(
+                    'A norm with save="output" keeps its output, which nothing may change; use save="input" for it.'
+                )
+            raise
         # Nearly every pass is the usual one: a single comparison, and no conversion.
         if len(arrived) == 1 and _is_usual(ready, arrived[0], x, weight, bias):
             found = _backward(ready, arrived[0], None, x, weight, bias, ctx.values, needs)

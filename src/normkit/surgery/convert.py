@@ -25,7 +25,7 @@ from normkit.surgery.select import Where
 from normkit.surgery.substitute import build_all, put_heard
 from normkit.surgery.target import Target, any_tensor
 from normkit.surgery.transaction import transaction
-from normkit.surgery.watch import tensors_in
+from normkit.surgery.watch import Sight, tensors_in
 
 _TOKENS = (
     *(nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase),
@@ -135,7 +135,8 @@ def convert(
         )
     like, causal, by_time = any_tensor(model), may_be_causal(model, example), time_first(model)
 
-    def make(name: str, module: nn.Module, seen: Sequence[int] | None) -> tuple[nn.Module, str] | None:
+    def make(name: str, module: nn.Module, sight: Sight | None) -> tuple[nn.Module, str] | None:
+        seen = None if sight is None else sight.shapes.get(id(module))
         norm = read_norm(name, module, seen)
         if kind not in (None, norm.kind) or (not norm.shape and norm.kind == target.name):
             return None
@@ -212,7 +213,7 @@ def convert_recurrent(
         + "; rows of z negated, an optimizer's state of these weights restarts" * (stack is nn.GRU)
     )
 
-    def make(name: str, module: nn.Module, seen: Sequence[int] | None) -> tuple[nn.Module, str]:
+    def make(name: str, module: nn.Module, sight: Sight | None) -> tuple[nn.Module, str]:
         return _build(label(name), module, to), note
 
     pairs, rows = build_all(model, found, where, example, make, refusals)

@@ -1,6 +1,6 @@
 """Puts modules in the place of others, with the hooks, modes and attributes of those."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -11,7 +11,7 @@ from normkit.core.errors import SurgeryError
 from normkit.surgery.changes import Change, Refusals, label
 from normkit.surgery.norms import describe
 from normkit.surgery.select import Where, choose
-from normkit.surgery.watch import try_on
+from normkit.surgery.watch import Sight, try_on
 
 Pairs = dict[str, tuple[nn.Module, nn.Module]]
 
@@ -35,7 +35,7 @@ def build_all(
     found: Mapping[str, nn.Module],
     where: Where | None,
     example: Any,
-    make: Callable[[str, nn.Module, Sequence[int] | None], tuple[nn.Module, str] | None],
+    make: Callable[[str, nn.Module, Sight | None], tuple[nn.Module, str] | None],
     refusals: Refusals,
 ) -> tuple[Pairs, dict[str, Change]]:
     """Make what is to stand in the place of a model's norms: old and new, and a row of each, by name; ``make`` may leave one."""
@@ -45,7 +45,7 @@ def build_all(
     pairs, rows = Pairs(), dict[str, Change]()
     for name, module in chosen.items():
         try:
-            made = make(name, module, None if sight is None else sight.shapes.get(id(module)))
+            made = make(name, module, sight)
             if made is None:
                 continue
             if sight is not None:

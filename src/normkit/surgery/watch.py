@@ -25,6 +25,8 @@ class Sight(TorchDispatchMode):
         self._scope: list[nn.Module] = []
         self._readers: dict[int, set[int]] = {}
         self.shapes: dict[int, torch.Size] = {}
+        self.changed: set[int] = set()  # the modules whose output something behind them wrote to
+        self._given: list[tuple[int, Tensor, int]] = []
         for module in self._modules.values():
             for parameter in module.parameters(recurse=False):
                 self._readers[id(parameter)] = set()
@@ -51,6 +53,8 @@ class Sight(TorchDispatchMode):
             torch.backends.mha.set_fastpath_enabled(fused)
             for handle in handles:
                 handle.remove()
+        self.changed |= {key for key, output, version in self._given if output._version != version}
+        self._given.clear()
         for tensor in tensors_in(result):
             if id(tensor) in self._readers:
                 self._readers[id(tensor)].add(0)
@@ -78,6 +82,8 @@ class Sight(TorchDispatchMode):
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._scope.pop()
+        if isinstance(output, Tensor) and not output.is_inference():  # whose versions are not counted
+            self._given.append((id(module), output, output._version))
 
 
 @dataclass
