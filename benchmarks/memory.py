@@ -9,6 +9,7 @@ A peak is the most that the tensors of a step hold at once, beyond weights and b
 from __future__ import annotations
 
 import argparse
+import functools
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ STEPS, WARM_UP, TURNS = 10, 3, 3
 WAYS: dict[str, Callable[[nn.Module], object]] = {
     "torch's norms": lambda model: model,
     "accelerated": nk.accelerate,
+    'accelerated, save="output"': functools.partial(nk.accelerate, save="output"),
 }
 MEASURED = ("resnet", "convnext", "llama", "densenet")
 

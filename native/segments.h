@@ -145,7 +145,7 @@ template <class T, class OUT, class Value, class Ask> NK_INLINE void fill(OUT *y
     if (n % LANES) end.put(y, last);
 }
 
-// The same, past the cache. Lines that the run has to itself are streamed; those at its ends are written as ever, and not a byte of the
+// The same, past the cache. Lines that the run has to itself are streamed; those at its ends are written the usual way, and not a byte of the
 // others with them, as a line written both ways is fetched after all.
 template <class T, class OUT, class Value, class Ask> NK_INLINE void fill_far(OUT *y, int64_t n, Value &&value, Ask &&ask) {
     constexpr int64_t step = std::max<int64_t>(LINE / int64_t(sizeof(OUT)), 4 * LANES);

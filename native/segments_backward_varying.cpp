@@ -24,7 +24,7 @@ NK_INLINE void add_varying(PairSums<A> &sums, const G *g, const T *x, const A *g
     });
 }
 
-// A set whose parameters vary along its runs, beside others that share them: where it is from the first of them.
+// A set whose parameters vary along its runs, next to others that share them: where it is from the first of them.
 template <class A> struct Row {
     int64_t x;
     DxTerms<A> terms;

@@ -46,7 +46,7 @@ template <class T> constexpr bool reordered = false;
 template <> constexpr bool reordered<bfloat16> = true;
 #endif
 
-// T says in which order; P is T, or the accumulation type beside it.
+// T says in which order; P is T, or the accumulation type that goes with it.
 template <class T, class P> struct TwinOf {
     using A = accumulator<T>;
     static Twin<A> load(const P *p) { return {nk::load(p), nk::load(p + LANES)}; }

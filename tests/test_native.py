@@ -21,7 +21,7 @@ from normkit.engine.dispatch import measure
 from normkit.engine.layout import memory_format
 from normkit.engine.library import library, why_not
 from normkit.engine.plan import Nest, plan
-from normkit.lab.bench.speed import beside, methods, pair
+from normkit.lab.bench.speed import further_inputs, methods, pair
 
 needs_kernels = pytest.mark.skipif(library() is None, reason=f"no native kernels: {why_not()}")
 
@@ -186,7 +186,7 @@ def test_no_more_is_kept_for_backward_than_by_torch(name: str, dtype: torch.dtyp
     x = torch.randn((4, 64, 6, 6) if images else (2, 8, 64)).to(dtype)
     for memory in (torch.contiguous_format, torch.channels_last)[: 1 + images]:
         x = x.to(memory_format=memory)
-        ours, (torchs, _) = (kept(layer.to(dtype), x, beside(name, x)) for layer in pair(name, 64))
+        ours, (torchs, _) = (kept(layer.to(dtype), x, further_inputs(name, x)) for layer in pair(name, 64))
         tensors, statistics = ours
         assert tensors <= torchs
         # Float32 in every dtype: torch rounds those of some layers to the half type, and differentiates by them.

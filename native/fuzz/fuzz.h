@@ -50,7 +50,7 @@ inline double rounding(int32_t type) {
     return type == NK_FLOAT64 ? 0x1p-53 : type == NK_FLOAT32 ? 0x1p-24 : type == NK_FLOAT16 ? 0x1p-11 : 0x1p-8;
 }
 
-// Elements of one type on the heap without room to spare, so that the sanitizer sees every access beside them; may be absent, as a null pointer.
+// Elements of one type on the heap without room to spare, so that the sanitizer sees every access next to them; may be absent, as a null pointer.
 class Buffer {
   public:
     Buffer() = default;

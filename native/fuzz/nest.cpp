@@ -215,7 +215,7 @@ Buffer check_forward(Random &random, Case &c) {
         double center = plan.given ? (c.center ? c.center[s] : 0) : mean[s];
         double inverse = plan.given ? c.inverse[s] : inverse_of(plan, square[s]);
         double z = c.gain(p) * (v[e] - center) * inverse + c.shift(p);
-        double around = plan.given ? 0 : size[s] / double(set_size(plan));  // what the mean was rounded beside
+        double around = plan.given ? 0 : size[s] / double(set_size(plan));  // what was added when the mean was rounded
         double typical = (std::fabs(v[e]) + std::fabs(center) + around) * inverse;
         expect("y", y, e, activate(plan.activation, z), std::fabs(c.gain(p)) * typical * (1 + typical) + std::fabs(c.shift(p)), c.loose);
     });

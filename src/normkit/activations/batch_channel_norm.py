@@ -32,8 +32,8 @@ class EstBatchNorm(Module, TorchBatchNorm):
 
     Under activation checkpointing the recomputation normalizes by the statistics of the first pass, of the last 32.
 
-    Arguments, shapes and errors are those of BatchNorm, as far as it has them, with a momentum from 0 to 1; None averages all
-    batches so far with equal weight.
+    ``eps``, ``momentum`` and ``affine``, and the shape with channels first, are those of BatchNorm; OptionError is raised unless
+    the momentum is from 0 to 1, or None, which averages all batches so far with equal weight.
 
     Reference: Qiao, Wang, Liu, Shen, Yuille (2019), https://arxiv.org/abs/1911.09738, section 4.2.
 
@@ -77,7 +77,8 @@ class BatchChannelNorm(Module, TorchBatchNorm):
     y = group_weight * (z - E_g[z]) / sqrt(Var_g[z] + eps) + group_bias per sample and group g: this affine is per group. The
     first step keeps channels from dying, which normalizing over channels alone does not; the second compensates noisy batches.
 
-    Other arguments, shapes and errors are those of BatchNorm, with ``eps`` and ``affine`` for both steps.
+    ``eps``, ``momentum`` and ``affine``, the shape with channels first, and the errors of shapes are those of BatchNorm, with eps
+    and affine for both steps.
 
     Args:
         num_groups: groups G; OptionError unless it divides ``num_features``. Default: 32.

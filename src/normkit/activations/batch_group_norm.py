@@ -206,8 +206,8 @@ def example_weighing(
 
     mean = alpha E[x] + (1 - alpha) m1,  var = alpha E[x^2] + (1 - alpha) m2 - mean^2
 
-    ``running_mean`` is m1, and ``running_var`` m2 - m1^2, the population variance; other arguments are those of BatchGroupNorm.
-    Elements where ``mask`` is False enter no statistic and become zero.
+    ``running_mean`` is m1, and ``running_var`` m2 - m1^2, the population variance; ``alpha``, ``eps``, ``num_groups`` and
+    ``layout`` are those of BatchGroupNorm. Elements where ``mask`` is False enter no statistic and become zero.
 
     Reference: Summers and Dinneen (2020), https://arxiv.org/abs/1906.03548, equation 3.
 

@@ -222,7 +222,7 @@ class MeanOnlyBatchNorm(Layer):
     it sets the scale. The gradient subtracts its own mean, dx = dy - E[dy]. A bias of the previous layer cancels. The batch adds
     only the noise of a mean, which is milder than that of batch normalization.
 
-    Arguments, shapes and errors are those of BatchNorm, as far as it has them; ``bias`` starts at 0.
+    ``momentum``, ``bias``, ``track_running_stats`` and ``layout``, the shapes and the errors of shapes are those of BatchNorm.
 
     Reference: Salimans and Kingma, "Weight Normalization" (2016), https://arxiv.org/abs/1602.07868, section 4.
 

@@ -100,7 +100,7 @@ class BatchRenorm(Layer):
 
     Under activation checkpointing the recomputation corrects towards the statistics that the first pass found, of the last 32.
 
-    Other arguments, shapes and errors are those of BatchNorm; the paper's ``eps`` is 1e-3.
+    ``eps``, ``affine``, ``bias`` and ``layout``, the shapes and the errors are those of BatchNorm; in the paper eps is 1e-3.
 
     Args:
         momentum: weight of the new value in the running averages, from 0 to 1. Default: 0.01.

@@ -185,7 +185,7 @@ CARD = Card(
 CARD_DERF = Card(
     title="Dynamic erf (Derf)",
     word="derf",
-    normalized_over="nothing: each element by itself, without a statistic",
+    normalized_over="nothing: each element separately, without a statistic",
     formula="y = weight * erf(alpha * x + shift) + bias",
     paper=paper("chen2025stronger"),
     use_cases="transformers, instead of layer and root mean square normalization",

@@ -55,7 +55,8 @@ class GhostBatchNorm(Layer, TorchBatchNorm):
     ``"moments"``     once, by the batch's raw moments: includes the variance between the sub-batches' means
     ================  =================================================================================================
 
-    Other arguments, shapes and errors are those of BatchNorm, for sub-batches in place of batches.
+    ``eps``, ``momentum``, ``affine``, ``track_running_stats``, ``bias`` and ``layout``, the shapes and the errors are those of
+    BatchNorm, for sub-batches in place of batches.
 
     Args:
         ghost_batch_size: samples per sub-batch, from 1. Default: 16.

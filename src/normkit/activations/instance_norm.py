@@ -35,7 +35,7 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
     rank, the input must have a batch axis, unless ``spatial`` gives the rank. ``momentum=None`` gives the cumulative
     average, as in BatchNorm.
 
-    Other arguments and errors are those of BatchNorm.
+    ``eps``, ``momentum``, ``bias``, ``layout``, ``activation`` and ``save`` and the errors are those of BatchNorm.
 
     Args:
         affine: whether there are a weight (starts at 1) and a bias (at 0). Default: False.
@@ -46,7 +46,7 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
     Shape: (N, C, *) or, with channels last, (N, *, C); the output has the same shape; with ``spatial`` also without N.
 
     Raises:
-        ShapeError: besides, a single position.
+        ShapeError: as in BatchNorm; or only one position.
 
     Reference: Ulyanov, Vedaldi, Lempitsky, "Instance Normalization" (2016), https://arxiv.org/abs/1607.08022.
 

@@ -255,7 +255,8 @@ class BatchNormLSTM(Module):
     h_t = sigmoid(o) tanh(BN(c_t)); each BN frame-wise, with its own statistics for each step up to ``max_length`` and a gain
     that starts at 0.1; only the last has a bias. Gates are in torch's order.
 
-    Sizes are given as to BatchNormRNN; other arguments and errors are those of RecurrentBatchNorm, frame-wise.
+    ``input_size`` and ``hidden_size`` are those of BatchNormRNN; ``max_length``, ``gain``, ``eps``, ``momentum`` and
+    ``batch_first`` and the errors are those of RecurrentBatchNorm, frame-wise.
 
     Shape: (T, N, input_size) to (T, N, hidden_size), and the last real states (N, hidden_size) of output and cell.
 

@@ -119,7 +119,7 @@ class LayerNormLSTMCell(_Cell):
     c' = sigmoid(f) c + sigmoid(i) tanh(g); h' = sigmoid(o) tanh(LN(c')).
     With its norms replaced by ``torch.nn.Identity()`` it is ``torch.nn.LSTMCell`` with b = bias_ih + bias_hh.
 
-    Other arguments and errors are those of LayerNormRNNCell.
+    ``input_size``, ``hidden_size`` and ``eps`` and the errors of shapes are those of LayerNormRNNCell.
 
     Args:
         bias: False omits b; each norm has its own bias. Default: True.
@@ -165,7 +165,7 @@ class LayerNormGRUCell(_Cell):
     torch's opens to the old one: with its norms replaced by ``torch.nn.Identity()`` it is ``torch.nn.GRUCell`` without biases and
     with the rows of z negated.
 
-    Arguments, shapes and errors are those of LayerNormRNNCell, without ``nonlinearity``.
+    ``input_size``, ``hidden_size`` and ``eps``, the shapes and the errors of shapes are those of LayerNormRNNCell.
 
     Reference: Ba, Kiros, Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450, supplement.
 

@@ -226,7 +226,7 @@ CARD_FIX = Card(
     normalized_over="each word's embedding, and each token before the logits, over its features",
     formula="logit = g * (h / |h|) . (e / |e|) + bias",
     paper=paper("nguyen2018improving"),
-    use_cases="embeddings and logits of translation models, above all with little data",
+    use_cases="embeddings and logits of translation models, especially with little data",
     strengths="short embeddings do not hold back rare words; the gain bounds the logits",
     weaknesses="the gain must be learned or set; replaces the output layer, not a norm inside the network",
     module=FixNorm,

@@ -33,8 +33,10 @@ class SyncBatchNorm(Layer, TorchBatchNorm):
     DistributedDataParallel expects. Without a process group, with one process, and in evaluation it is batch normalization.
 
     ``torch.nn.SyncBatchNorm``, but also on CPU: same arguments, defaults and state_dict. Replace channels-last layers by hand,
-    with the same layout: ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` knows no layout, and is refused. Other arguments,
-    shapes and errors are those of BatchNorm; one value per channel is refused where it is the only one of all processes.
+    with the same layout: ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` knows no layout, and is refused.
+
+    ``eps``, ``momentum``, ``affine``, ``track_running_stats``, ``bias``, ``layout`` and ``activation``, the shapes and the errors
+    are those of BatchNorm; one value per channel is refused where it is the only one of all processes.
 
     Args:
         process_group: the processes that share statistics. Default: all.

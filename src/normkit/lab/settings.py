@@ -291,7 +291,7 @@ class Speed:
     output: Path = option(Path("runs/bench"), **_FOLDER)
     results: Path | None = option(
         None,
-        "a Markdown file whose section Layers is replaced, with all cells in a .json beside it",
+        "a Markdown file whose section Layers is replaced, with all cells in a .json next to it",
         RECORDS,
         metavar="FILE",
     )

@@ -31,7 +31,7 @@ class FrozenBatchNorm(nn.Module):
     y = weight * (x - running_mean) / sqrt(running_var + eps) + bias. All four are buffers, with the keys of the detectors'
     FrozenBatchNorm2d; the count of a BatchNorm's checkpoint is dropped on loading.
 
-    Arguments and shapes are those of BatchNorm, as far as it has them.
+    ``eps``, ``layout`` and ``activation`` are those of BatchNorm.
 
     Shape: (N, C, *), or (N, *, C) by ``layout``, to the same.
 
@@ -98,7 +98,7 @@ class Norm:
     running: dict[str, Tensor | None] = field(default_factory=dict)
     note: str = ""  # what was found out about it that its class does not say
     affine: bool = True  # whether it has parameters
-    alone: bool = False  # whether it normalizes each position by itself
+    alone: bool = False  # whether it normalizes each position separately
     rank: int | None = None  # how many axes its input has, or None if not known
     spatial: int | None = None  # axes of positions where its class takes one number of them alone, else None
     offset: float = 0.0  # the gain is this plus the weight

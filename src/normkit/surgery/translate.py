@@ -152,7 +152,7 @@ def accept(
         return opened.close(model, [Change("(model)", what, what, f"loads {source} checkpoints of any form")])
 
 
-_OWN = "normkit: gains as the model has them"  # among what torch notes beside a state_dict
+_OWN = "normkit: gains as the model has them"  # among what torch notes along with a state_dict
 
 
 def _mark_own(model: nn.Module, state: Any, prefix: str, about: dict[str, Any]) -> None:

@@ -159,7 +159,7 @@ def precondition(
 ) -> ModuleT:
     """Precondition a layer's weight by matrices of one's own at every use, in place; the raw weight stays the trained parameter.
 
-    ``name`` is the weight's; other arguments are those of Precondition.
+    ``name`` is the weight's; ``left``, ``right`` and ``gradient`` are those of Precondition.
 
     Raises:
         OptionError: no such weight, one with fewer than two axes, or neither side given.
@@ -267,8 +267,8 @@ def spectral_conditioning(
 
     For the query, key and value layers of attention: ``in_proj_weight`` (or the separate ones) of
     ``torch.nn.MultiheadAttention``, and linear layers of other attention, apart or packed into one. ``name`` is the weight's;
-    other arguments are those of SpectralConditioning. Without ``blocks`` there are 3 for an ``in_proj_weight``, and for a Linear
-    (or GPT-2's Conv1D) with three times as many outputs as inputs, which packs queries, keys and values; else 1.
+    ``shift`` and ``blocks`` are those of SpectralConditioning. Without ``blocks`` there are 3 for an ``in_proj_weight``, and for
+    a Linear (or GPT-2's Conv1D) with three times as many outputs as inputs, which packs queries, keys and values; else 1.
 
     Raises:
         OptionError: no such weight, one with fewer than two axes, a shift that is not finite, or rows that do not split.

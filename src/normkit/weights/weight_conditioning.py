@@ -37,10 +37,10 @@ class Equilibrate(RowScaling):
     ==========  ========================  ==========================  ====================================
     mode        matrices                  gives                       scaling A by s scales the result by
     ==========  ========================  ==========================  ====================================
-    row         E_r A, 1 / norm(a_i)      unit rows                   1; so for each row by itself
-    col         A E_c, 1 / norm(a^j)      unit columns                1; so for each column by itself
+    row         E_r A, 1 / norm(a_i)      unit rows                   1; so for each row separately
+    col         A E_c, 1 / norm(a^j)      unit columns                1; so for each column separately
     rowcol      E_r A E_c                 see ``order``               1; simultaneous: 1 / s
-    jacobi      P A, 1 / A_ii             unit diagonal (square A)    1; so for each row by itself
+    jacobi      P A, 1 / A_ii             unit diagonal (square A)    1; so for each row separately
     ==========  ========================  ==========================  ====================================
 
     ``order`` of rowcol: ``"sequential"`` takes the columns of the row-scaled matrix and ends with unit columns;
@@ -241,8 +241,9 @@ def weight_conditioning(
     chooses the cheaper form at each call. ``layer.weight`` and the state_dict are the same in both.
     ``torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")`` bakes the conditioned weight in.
 
-    ``name`` is the weight's; other arguments are those of Equilibrate. ``gain="learned"`` is one scalar per layer that starts at
-    1 and is trained, a parametrization of its own behind this one.
+    ``name`` is the weight's; ``mode``, ``order``, ``iterations``, ``eps``, ``gradient``, ``gain``, ``view`` and ``path`` are
+    those of Equilibrate. ``gain="learned"`` is one scalar per layer that starts at 1 and is trained, a parametrization of its own
+    behind this one.
 
     Raises:
         OptionError: no such weight, an argument outside its range, a weight that does not fit the mode.

@@ -99,7 +99,7 @@ def weight_standardization(
 ) -> ModuleT:
     """Apply weight standardization to a layer, in place; the raw weight stays the trained parameter.
 
-    ``name`` is the weight's; other arguments are those of WeightStandardization.
+    ``name`` is the weight's; ``eps``, ``correction`` and ``guard`` are those of WeightStandardization.
 
     Raises:
         OptionError: no such weight, an argument outside its range, or one weight per output unit, which would become zero.
@@ -233,7 +233,8 @@ def scaled_weight_standardization(
     """Apply scaled weight standardization to a layer, in place.
 
     Two parameters replace the weight: ``parametrizations.weight.original0``, one gain per output unit, initially 1, and
-    ``original1``, the raw weight. ``name`` is the weight's; other arguments are those of ScaledWeightStandardization.
+    ``original1``, the raw weight. ``name`` is the weight's; ``gamma`` and ``eps`` are those of
+    ScaledWeightStandardization.
 
     Raises:
         OptionError: no such weight, one that is already parametrized, or one weight per output unit, which would become zero.

@@ -16,7 +16,7 @@ from normkit.surgery.watch import forked, run_on, tensors_in
 _ROUNDING = 1e-4
 
 
-@check("error", "normalize each token by itself: convert(model, 'ln') or 'rms'")
+@check("error", "normalize each token separately: convert(model, 'ln') or 'rms'")
 def acausal_statistic(seen: Observed) -> Iterator[Row]:
     """Norms that let the tokens of a causal model see later ones, as changing those shows."""
     suspects = [norm for norm in seen.norms if norm.calls and (norm.norm is None or not norm.norm.alone)]

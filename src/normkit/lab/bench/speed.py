@@ -170,7 +170,7 @@ def measure(case: Case, rounds: int = 15, compiled: bool = True) -> dict[str, An
     x = torch.randn(case.shape).to(case.dtype)
     if case.last:
         x = x.to(memory_format=torch.channels_last)
-    others = beside(case.method, x)
+    others = further_inputs(case.method, x)
     layers: dict[str, Callable[..., Tensor]] = {"ours": ours, "eager": eager}
     if not _runs(eager, x, others):
         del layers["eager"]
@@ -326,8 +326,8 @@ def _ours(name: str, channels: int) -> nn.Module:
     return made[name]() if name in made else method(name).make(channels)
 
 
-def beside(name: str, x: Tensor) -> tuple[Any, ...]:
-    """What a method takes beside its input: conditions, labels, a style."""
+def further_inputs(name: str, x: Tensor) -> tuple[Any, ...]:
+    """What a method takes besides its input: conditions, labels, a style."""
     card = None if name.endswith("over channels") else method(name)
     if card is None or card.extra is None:
         return ()
