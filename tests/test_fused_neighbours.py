@@ -78,3 +78,13 @@ def test_rows_are_rounded_as_from_the_output(width: int, dtype: torch.dtype) -> 
         assert (q[real].int() - wanted[real].int()).abs().max() <= (2 if dtype == torch.bfloat16 else 1)
         assert q[1, 3].eq(0).all()
         assert scale[0, 2].isnan()
+
+
+def test_rows_of_nothing_and_rows_beyond_float32() -> None:
+    q, scale = nk.LayerNorm(4, over="c").quantized(torch.empty(2, 4, 0))
+    assert (q.shape, scale.tolist()) == ((2, 4, 0), torch.zeros(2, 4, 1).tolist())
+    layer = nk.RMSNorm(2, dtype=torch.float64)
+    nn.init.constant_(layer.weight, 1e300)
+    for layer.backend in ("auto", "reference"):
+        q, scale = layer.quantized(torch.tensor([[3.0, 0.0], [0.0, 0.0]], dtype=torch.float64))
+        assert_close((q.double(), scale), (torch.zeros(2, 2).double(), torch.tensor([[torch.nan], [0.0]])), equal_nan=True)

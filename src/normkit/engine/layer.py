@@ -1,9 +1,11 @@
 """A module that runs a rule."""
 
+import copy
 import inspect
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from normkit.core.compensation import Affine
@@ -194,7 +196,9 @@ class Layer(Module):
 
         Raises:
             ShapeError: the input does not fit, or the residual is of another shape or dtype.
+            OptionError: the layer has a ``forward`` of its own, as one with a condition has.
         """
+        self._runs_the_rule_alone("after_sum", "add the residual and call the layer")
         y, total, *_ = self._perform(self._call(input, mask, residual))
         assert total is not None
         return (drop(y, self.dropout) if self.dropout and self.training else y), total
@@ -203,17 +207,19 @@ class Layer(Module):
         """Normalize and round each row of the last axis to whole numbers with a scale of its own, for inference.
 
         scale = max|y| / 127 over a row of what ``forward`` returns in evaluation, and q = round(y / scale): what the dynamic
-        quantization of a linear layer behind the norm wants. In one pass where the norm is over the last axis, on a CPU.
+        quantization of a linear layer behind the norm wants. In one pass where the norm is over the last axis, on a CPU. A layer
+        in training is not changed by it.
 
         Args:
             input: as for ``forward``.
 
         Returns:
             q, int8 of the input's shape, and scale, float32 of the input's shape with a last axis of 1; y is about q * scale. A
-            row of zeros has the scale 0; one with a NaN or an infinity has the scale NaN.
+            row of zeros, or of nothing, has the scale 0; one with a NaN, an infinity or a number beyond float32 the scale NaN.
 
         Raises:
-            ShapeError: the input does not fit.
+            ShapeError: the input does not fit, or is nested.
+            OptionError: the layer has a ``forward`` of its own, as one with a condition has.
 
         Reference:
             Dettmers, Lewis, Belkada, Zettlemoyer, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale" (2022),
@@ -223,8 +229,28 @@ class Layer(Module):
         >>> normkit.RMSNorm(2, elementwise_affine=False).quantized(torch.tensor([[3.0, 4.0]]))
         (tensor([[ 95, 127]], dtype=torch.int8), tensor([[0.0089]]))
         """
+        self._runs_the_rule_alone("quantized", "call the layer and round its output")
+        if input.is_nested:
+            raise ShapeError(
+                f"{type(self).__name__}.quantized: got a nested tensor, whose rows differ in length; wanted one of a single "
+                "shape: pass its tensors one by one, or its values()"
+            )
+        # A copy rather than a switch of the mode, which other threads would see.
+        layer = copy.copy(self).eval() if self.training and self.running() is not None else self
+        with torch.no_grad():
+            return layer._quantize(input.detach())
+
+    def _quantize(self, input: Tensor) -> tuple[Tensor, Tensor]:
         self._fits(input)
-        return quantize(self._call(input.detach(), None))
+        return quantize(self._call(input, None))
+
+    def _runs_the_rule_alone(self, method: str, instead: str) -> None:
+        """Refuse a method that runs the rule where ``forward`` does more."""
+        if type(self).forward is not Layer.forward:
+            raise OptionError(
+                f"{type(self).__name__}.{method}: the layer has a forward of its own, and this would run its rule alone; wanted "
+                f"a layer that is its rule, such as LayerNorm; {instead} instead"
+            )
 
     def complete(self, bias: bool = True) -> None:
         """End a constructor: drop the bias that torch's made if it is not wanted, and make the rule.
