@@ -7,7 +7,6 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import normkit as nk
-from normkit.core.errors import OptionError
 from normkit.engine.library import library, why_not
 
 pytestmark = pytest.mark.skipif(library() is None, reason=f"no native kernels: {why_not()}")
@@ -55,11 +54,13 @@ def test_gradients_through_dropout() -> None:
     assert torch.equal(total, 2 * x)
 
 
-def test_dropout_out_of_range_or_ignored_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"LayerNorm: dropout=1.5; wanted a probability from 0 to 1"):
-        nk.LayerNorm(4, dropout=1.5)
-    with pytest.raises(OptionError, match="of a layer that takes one"):
-        nk.AdaLayerNorm(4, 4).dropout = 0.5
+def test_a_layer_that_hands_dropout_on_drops() -> None:
+    class Named(nk.RMSNorm):
+        def __init__(self, features: int) -> None:
+            super().__init__(features, dropout=0.5)
+
+    layer, x = Named(64), torch.ones(64)
+    assert all((y == 0).any() for y in (layer(x), layer.after_sum(x, x)[0]))
 
 
 @DTYPES
@@ -87,4 +88,6 @@ def test_rows_of_nothing_and_rows_beyond_float32() -> None:
     nn.init.constant_(layer.weight, 1e300)
     for layer.backend in ("auto", "reference"):
         q, scale = layer.quantized(torch.tensor([[3.0, 0.0], [0.0, 0.0]], dtype=torch.float64))
-        assert_close((q.double(), scale), (torch.zeros(2, 2).double(), torch.tensor([[torch.nan], [0.0]])), equal_nan=True)
+        assert_close(
+            (q.double(), scale), (torch.zeros(2, 2).double(), torch.tensor([[torch.nan], [0.0]])), equal_nan=True
+        )

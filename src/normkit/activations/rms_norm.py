@@ -89,7 +89,6 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
     ) -> None:
         shape = trailing_sizes("RMSNorm", normalized_shape)
         check_features("RMSNorm", shape, over, None)
-        check_options("RMSNorm", cast=(cast, Cast))
         super().__init__(shape, eps, elementwise_affine, device=device, dtype=dtype)
         self.over, self.offset, self.cast = over, offset, cast
         self.activation, self.save, self.dropout = activation, save, dropout
@@ -98,12 +97,19 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
         self.reset_parameters()
         self.complete()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "cast":
+            check_options("RMSNorm", cast=(value, Cast))
+            self._check_cast(self.save, value)
+        super().__setattr__(name, value)
+
     def _check_save(self, save: Any, activation: str | None) -> None:
-        if save == "output" and self.cast != "after weight":
-            raise OptionError(
-                f'RMSNorm: save="output" can\'t undo cast={self.cast!r}, which rounds twice; use save="input"'
-            )
+        self._check_cast(save, self.cast)
         super()._check_save(save, activation)
+
+    def _check_cast(self, save: Any, cast: Cast) -> None:
+        if save == "output" and cast != "after weight":
+            raise OptionError(f'RMSNorm: save="output" can\'t undo cast={cast!r}, which rounds twice; use save="input"')
 
     def reset_parameters(self) -> None:
         self.fill(weight=1 - self.offset, bias=0)

@@ -18,7 +18,7 @@ from normkit.core.support import Support, show
 from normkit.engine.call import Activation, Backend, Call, Output, Save
 from normkit.engine.choose import Explanation, kept
 from normkit.engine.dispatch import explained, perform_by, quantize
-from normkit.engine.dropout import drop
+from normkit.engine.dropout import check_dropout, drop
 from normkit.engine.guard import calm
 from normkit.engine.known import Known
 from normkit.engine.reference import check_activation
@@ -34,7 +34,7 @@ class Layer(Module):
     A subclass defines ``make_rule`` and ``check``. The attribute ``backend`` is ``"auto"`` unless set; ``explain(x)`` says what
     would run. The attribute ``activation`` is applied in the same pass: ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"``,
     ``"gelu"``, ``"gelu_tanh"`` or None. The attribute ``save`` says what is kept for the backward pass, ``"input"`` or
-    ``"output"``; ``dropout`` the probability with which an element of the output becomes zero in training.
+    ``"output"``; ``dropout``, of a layer whose constructor takes it, the probability of a zero in the output in training.
     """
 
     backend: Backend = "auto"
@@ -77,7 +77,7 @@ class Layer(Module):
         """
         own = self.__dict__  # nn.Module's __getattr__ is slow next to a small kernel
         if own.get("dropout", 0.0) and self.training:
-            return drop(self._perform(self._call(input, mask)).y, self.dropout)
+            return drop(self._perform(self._call(input, mask)).y, own["dropout"])
         # calm() first: a compiler would guard its graph on whatever is read here, and compile again when that changes.
         if calm() and mask is None and "_known" in own and not input.is_nested:
             parameters, buffers = own["_parameters"], own["_buffers"]
@@ -147,10 +147,8 @@ class Layer(Module):
             self._check_save(self.save, value)
         if name == "save":
             self._check_save(value, self.activation)
-        if name == "dropout" and not (0 <= (value or 0.0) <= 1 and (not value or _takes(type(self), name))):
-            raise OptionError(
-                f"{type(self).__name__}: dropout={value}; wanted a probability from 0 to 1, of a layer that takes one as argument"
-            )
+        if name == "dropout":
+            check_dropout(type(self).__name__, value, not value or _has_argument(type(self), name))
         self._forget()
         super().__setattr__(name, value)
 
@@ -201,14 +199,14 @@ class Layer(Module):
         self._runs_the_rule_alone("after_sum", "add the residual and call the layer")
         y, total, *_ = self._perform(self._call(input, mask, residual))
         assert total is not None
-        return (drop(y, self.dropout) if self.dropout and self.training else y), total
+        p = self.__dict__.get("dropout", 0.0)  # as in ``forward``
+        return (drop(y, p) if p and self.training else y), total
 
     def quantized(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Normalize and round each row of the last axis to whole numbers with a scale of its own, for inference.
 
         scale = max|y| / 127 over a row of what ``forward`` returns in evaluation, and q = round(y / scale): what the dynamic
-        quantization of a linear layer behind the norm wants. In one pass where the norm is over the last axis, on a CPU. A layer
-        in training is not changed by it.
+        quantization of a linear layer behind the norm wants. In one pass where the norm is over the last axis, on a CPU.
 
         Args:
             input: as for ``forward``.
@@ -285,7 +283,12 @@ class Layer(Module):
 
 def _takes(kind: type, option: str) -> bool:
     """Whether layers of a class heed an option: they inherit ``forward``, or take the option as an argument."""
-    return kind.forward is Layer.forward or option in inspect.signature(kind.__init__).parameters
+    return kind.forward is Layer.forward or _has_argument(kind, option)
+
+
+def _has_argument(kind: type, option: str) -> bool:
+    """Whether a constructor takes the option: the class's own, or one that it calls."""
+    return any(option in inspect.signature(each.__init__).parameters for each in kind.__mro__)
 
 
 def check_layout(who: str, layout: str) -> str:
