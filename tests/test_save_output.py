@@ -118,7 +118,11 @@ def test_a_gain_that_is_too_small_is_refused_in_training(dtype: torch.dtype) -> 
         OptionError, match=r"can't undo a gain of .* \(element 2 of 4, 1 are too small\), wanted at least"
     ):
         layer(x)
-    layer.eval()(x).sum().backward()  # by given statistics the input is kept
+    assert layer.explain(x).kept == "its output"
+    layer.eval()(x).sum().backward()
+    assert "keeps its input (by given statistics) for the backward pass" in str(layer.explain(x))
+    layer.train().backend = "reference"
+    assert "its input (the output is kept by normkit's kernel alone" in layer.explain(x).kept
 
 
 def test_second_and_batched_derivatives_are_refused() -> None:

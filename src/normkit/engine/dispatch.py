@@ -154,7 +154,20 @@ def explained(call: Call) -> Explanation:
     """Explain the choice for a call."""
     choice, rule, x = choose(call), call.rule, call.x
     support = str(rule.support) if x.is_nested else rule.support.explain(x.shape)
-    return Explanation(choice.backend, choice.why, rule.formula(), support, accumulation_dtype(x.dtype))
+    tensor = "" if call.save == "input" else _kept_tensor(choice, call)
+    return Explanation(choice.backend, choice.why, rule.formula(), support, accumulation_dtype(x.dtype), tensor)
+
+
+def _kept_tensor(choice: Choice, call: Call) -> str:
+    """What a call that asks to keep its output keeps, and why if that is its input."""
+    perform = choice.perform
+    if isinstance(perform, partial) and perform.func is native.perform and perform.args[0].output:
+        return "its output"
+    if not call.own:
+        return "its input (by given statistics)"
+    return (
+        "its input (the output is kept by normkit's kernel alone, without torch's operators, transforms or a compiler)"
+    )
 
 
 def perform(call: Call) -> Output:
