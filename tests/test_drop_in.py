@@ -151,6 +151,10 @@ def test_layers_in_torchs_place_know_their_rank(theirs: type, ours: type, rank: 
         assert_close(norm(x), wanted, rtol=1e-5, atol=1e-5)
         assert norm.explain(x).backend
         assert_close(norm.after_sum(x, x)[1], 2 * x)
+        q, scale = norm.quantized(x)
+        assert (
+            (q * scale - copy.deepcopy(norm).eval()(x)).abs() <= 0.6 * scale
+        ).all()  # half a step, and float32's rounding
 
 
 def test_a_batch_norm_that_becomes_an_instance_norm_keeps_its_batch() -> None:

@@ -108,7 +108,11 @@ def test_a_gain_that_is_too_small_is_refused_in_training(dtype: torch.dtype) -> 
         OptionError, match=r"can't undo a gain of .* \(element 2 of 4, 1 are too small\), wanted at least"
     ):
         layer(x)
-    layer.eval()(x).sum().backward()  # by given statistics the input is kept
+    assert layer.explain(x).kept == "its output"
+    layer.eval()(x).sum().backward()
+    assert "keeps its input (by given statistics) for the backward pass" in str(layer.explain(x))
+    layer.train().backend = "reference"
+    assert "its input (the output is kept by normkit's kernel alone" in layer.explain(x).kept
 
 
 def test_second_and_batched_derivatives_are_refused() -> None:
@@ -196,6 +200,15 @@ def test_gradients_through_dropout() -> None:
     assert torch.equal(total, 2 * x)
 
 
+def test_a_layer_that_hands_dropout_on_drops() -> None:
+    class Named(nk.RMSNorm):
+        def __init__(self, features: int) -> None:
+            super().__init__(features, dropout=0.5)
+
+    layer, x = Named(64), torch.ones(64)
+    assert all((y == 0).any() for y in (layer(x), layer.after_sum(x, x)[0]))
+
+
 @DTYPES
 @pytest.mark.parametrize("width", [7, 1024, 5000])
 def test_rows_are_rounded_as_from_the_output(width: int, dtype: torch.dtype) -> None:
@@ -265,3 +278,15 @@ def test_the_error_after_a_change_in_place_says_the_cure() -> None:
     with pytest.raises(RuntimeError, match="modified by an inplace operation") as caught:
         y.sum().backward()
     assert 'use save="input"' in caught.value.__notes__[0]
+
+
+def test_rows_of_nothing_and_rows_beyond_float32() -> None:
+    q, scale = nk.LayerNorm(4, over="c").quantized(torch.empty(2, 4, 0))
+    assert (q.shape, scale.tolist()) == ((2, 4, 0), torch.zeros(2, 4, 1).tolist())
+    layer = nk.RMSNorm(2, dtype=torch.float64)
+    nn.init.constant_(layer.weight, 1e300)
+    for layer.backend in ("auto", "reference"):
+        q, scale = layer.quantized(torch.tensor([[3.0, 0.0], [0.0, 0.0]], dtype=torch.float64))
+        assert_close(
+            (q.double(), scale), (torch.zeros(2, 2).double(), torch.tensor([[torch.nan], [0.0]])), equal_nan=True
+        )

@@ -213,6 +213,26 @@ def test_explain_tells_what_runs(card: Card, mode: bool, samples: int, monkeypat
     assert said == (ran[0].backend if ran else "reference")
 
 
+@each(lambda card: isinstance(layer(card), Layer), EVERY)
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_neighbours_that_are_fused_change_nothing_or_are_refused(card: Card, mode: bool, dtype: torch.dtype) -> None:
+    made, x = layer(card, dtype=dtype).train(mode), sample_input(card, dtype=dtype)
+    other = copy.deepcopy(made)
+    if type(made).forward is not Layer.forward:
+        for refused in (lambda: made.after_sum(x, x), lambda: made.quantized(x)):
+            with pytest.raises(OptionError, match=rf"{type(made).__name__}\.\w+: .* forward of its own"):
+                refused()
+        return
+    y, total = made.after_sum(x, x.roll(1))
+    assert_close((y, total), (other(x + x.roll(1)), x + x.roll(1)), rtol=1e-12, atol=1e-12)  # the same numbers
+    assert_close(made.state_dict(), other.state_dict())
+    q, scale = made.quantized(x)
+    assert_close(made.state_dict(), other.state_dict(), rtol=0, atol=0)
+    room = 0.5 + 127 * torch.finfo(dtype).eps  # of a step, and the output's rounding
+    assert ((q * scale - other.eval()(x)).abs() <= room * scale + 1e-6).all()
+
+
 @each_form
 @pytest.mark.parametrize("nothing", ["no samples", "all masked"])
 def test_nothing_leaves_running_statistics(card: Card, nothing: str) -> None:

@@ -119,7 +119,17 @@ OPTIONS: Rows = [
     (lambda: nk.Residual(nn.Identity(), nn.Identity, "before"), "placement='before'"),
     (lambda: nk.RMSNorm(4, cast="first"), "after weight"),
     (lambda: nk.RMSNorm(4, guard="around"), "guard='around'"),
+    (lambda: setattr(nk.RMSNorm(4), "cast", "first"), "after weight"),
+    (lambda: setattr(nk.RMSNorm(4, save="output"), "cast", "before weight"), "can't undo cast='before weight'"),
     (lambda: F.rms_norm(ones(2, 4), 4, cast="first"), "after weight"),
+    *(
+        (lambda wrong=wrong: nk.LayerNorm(4, dropout=wrong), f"LayerNorm: dropout={wrong!r}; wanted a probability")
+        for wrong in (1.5, -0.1, math.nan, "a", None, True)
+    ),
+    *(
+        (lambda make=make: setattr(make(4), "dropout", 0.5), r"\w+: dropout=0.5 would be ignored")
+        for make in (nk.BatchNorm, nk.InstanceNorm, nk.ScaleNorm, nk.GhostBatchNorm)
+    ),
     (lambda: nk.ScaleNorm(8, weight=nn.Parameter(ones(8))), "scalar"),
     (lambda: nk.SeeDNorm(6, heads=4), "6 features do not split into heads=4; wanted one of 1, 2, 3, 6"),
     (lambda: nk.SwitchableNorm(4, correction=2), "correction=2"),
@@ -218,6 +228,10 @@ SHAPES: Rows = [
     (lambda: nk.BatchChannelNorm(4, 2)(ones(1, 4)), "more than 1 value"),
     (lambda: nk.BatchGroupNorm(4)(ones(1, 4)), "more than 1 value"),
     (lambda: nk.BatchRenorm(3)(ones(1, 3)), "more than 1 value"),
+    (
+        lambda: nk.LayerNorm(2).quantized(torch.nested.nested_tensor([ones(1, 2), ones(3, 2)], layout=torch.jagged)),
+        "quantized: got a nested tensor",
+    ),
     *(
         (lambda wrong=wrong: F.adaptive_instance_norm(ones(2, 3, 8), ones(wrong)), r"wanted n c \*")
         for wrong in ((2, 2, 8), (4, 3, 8), (8,))

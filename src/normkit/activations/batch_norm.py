@@ -51,7 +51,8 @@ class BatchNorm(Layer, TorchBatchNorm):
             torch's tools that replace a batch norm (``convert_sync_batchnorm``, ``fuse_conv_bn_eval``) are then refused, as they
             would lose the activation. Default: None.
         save: what is kept for the backward pass: ``"input"``, or the ``"output"``, which a convolution or linear layer behind it
-            keeps anyway: the normalized input is then computed again from it. Default: "input".
+            keeps anyway: the normalized input is then computed again from it, and nothing may change the output in place. Where
+            no kernel does so the input is kept, as ``explain`` says. Default: "input".
         spatial: axes of positions: 1, 2 or 3 refuses inputs of another rank, as torch's BatchNorm1d (which takes (N, C) too), 2d
             and 3d do; None takes any. Default: None.
         accumulate: training passes whose batches count as one in the running statistics. Default: 1.

@@ -47,7 +47,8 @@ class GroupNorm(Layer, nn.GroupNorm):
         activation: fused activation: ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None.
             Default: None.
         save: what is kept for the backward pass: ``"input"``, or the ``"output"``, which a convolution or linear layer behind it
-            keeps anyway: the normalized input is then computed again from it. Default: "input".
+            keeps anyway: the normalized input is then computed again from it, and nothing may change the output in place. Where
+            no kernel does so the input is kept, as ``explain`` says. Default: "input".
 
     Shape: (N, C, *) or, with channels last, (N, *, C); the output has the same shape.
 

@@ -16,7 +16,7 @@ from normkit.core.moments import accumulation_dtype, moments
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
-from normkit.engine.call import Save
+from normkit.engine.call import Call, Output, Save
 from normkit.engine.dispatch import Activation, Backend, Explanation, run
 from normkit.engine.layer import Layer, channels_rule, check_channels, check_several, given_statistics
 
@@ -80,16 +80,18 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
     def make_rule(self) -> Rule:
         return instance_norm_rule(self.eps, self.momentum, self.layout)
 
-    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
-        if not self._is_one_sample(input):
-            return super().forward(input, mask)
-        return super().forward(input.unsqueeze(0), mask).squeeze(0)  # a mask broadcasts over it unchanged
+    def _perform(self, call: Call) -> Output:
+        if not self._is_one_sample(call.x):
+            return super()._perform(call)
+        residual = None if call.residual is None else call.residual.unsqueeze(0)
+        found = super()._perform(call._replace(x=call.x.unsqueeze(0), residual=residual))  # a mask broadcasts as it is
+        return found._replace(y=found.y.squeeze(0), total=None if found.total is None else found.total.squeeze(0))
 
-    def after_sum(self, input: Tensor, residual: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _quantize(self, input: Tensor) -> tuple[Tensor, Tensor]:
         if not self._is_one_sample(input):
-            return super().after_sum(input, residual, mask)
-        y, total = super().after_sum(input.unsqueeze(0), residual.unsqueeze(0), mask)
-        return y.squeeze(0), total.squeeze(0)
+            return super()._quantize(input)
+        q, scale = super()._quantize(input.unsqueeze(0))
+        return q.squeeze(0), scale.squeeze(0)
 
     def explain(self, input: Tensor) -> Explanation:
         return super().explain(input.unsqueeze(0) if self._is_one_sample(input) else input)

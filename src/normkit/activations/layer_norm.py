@@ -57,9 +57,11 @@ class LayerNorm(Layer, nn.LayerNorm):
         activation: fused activation: ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None.
             Default: None.
         save: what is kept for the backward pass: ``"input"``, or the ``"output"``, which a convolution or linear layer behind it
-            keeps anyway: the normalized input is then computed again from it. Default: "input".
+            keeps anyway: the normalized input is then computed again from it, and nothing may change the output in place. Where
+            no kernel does so the input is kept, as ``explain`` says. Default: "input".
         dropout: probability with which an element of the output becomes zero in training, where the others are divided by
-            1 - dropout. No mask is stored: the backward pass draws again. Default: 0.
+            1 - dropout. No mask is stored: the backward pass draws again. With it ``save="output"`` saves nothing, as the layer
+            behind keeps another tensor. Default: 0.
 
     Shape: (*, *normalized_shape), or (N, C, *) with ``over``; the output has the same shape.
 

@@ -14,9 +14,8 @@ from normkit.core.place import one_of, positive_number
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Guard, Statistic
 from normkit.core.support import Support
-from normkit.engine.call import Save
-from normkit.engine.dispatch import Activation, Backend, run
-from normkit.engine.dropout import drop
+from normkit.engine.call import Call, Output, Save
+from normkit.engine.dispatch import Activation, Backend, in_whole_numbers, perform
 from normkit.engine.layer import Cast, Layer, check_features, check_last, features_support
 from normkit.engine.reference import activate
 
@@ -90,7 +89,6 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
     ) -> None:
         shape = trailing_sizes("RMSNorm", normalized_shape)
         check_features("RMSNorm", shape, over, None)
-        check_options("RMSNorm", cast=(cast, Cast))
         super().__init__(shape, eps, elementwise_affine, device=device, dtype=dtype)
         self.over, self.offset, self.cast = over, offset, cast
         self.activation, self.save, self.dropout = activation, save, dropout
@@ -99,12 +97,19 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
         self.reset_parameters()
         self.complete()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "cast":
+            check_options("RMSNorm", cast=(value, Cast))
+            self._check_cast(self.save, value)
+        super().__setattr__(name, value)
+
     def _check_save(self, save: Any, activation: str | None) -> None:
-        if save == "output" and self.cast != "after weight":
-            raise OptionError(
-                f'RMSNorm: save="output" can\'t undo cast={self.cast!r}, which rounds twice; use save="input"'
-            )
+        self._check_cast(save, self.cast)
         super()._check_save(save, activation)
+
+    def _check_cast(self, save: Any, cast: Cast) -> None:
+        if save == "output" and cast != "after weight":
+            raise OptionError(f'RMSNorm: save="output" can\'t undo cast={cast!r}, which rounds twice; use save="input"')
 
     def reset_parameters(self) -> None:
         self.fill(weight=1 - self.offset, bias=0)
@@ -115,12 +120,16 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
     def check(self, input: Tensor) -> None:
         check_features("RMSNorm", self.normalized_shape, self.over, None, input)
 
-    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def _perform(self, call: Call) -> Output:
+        if not _rounds_first(self.cast, call.x):
+            return super()._perform(call)
+        self._fits(call.x)
+        return _round_first(call)
+
+    def _quantize(self, input: Tensor) -> tuple[Tensor, Tensor]:
         if not _rounds_first(self.cast, input):
-            return super().forward(input, mask)
-        self.check(input)
-        y = activate(_rounded_first(self.rule, input, self.weight, self.bias, mask, self.backend), self.activation)
-        return drop(y, self.dropout) if self.dropout and self.training else y
+            return super()._quantize(input)
+        return in_whole_numbers(self._perform(self._call(input, None)).y)
 
     def extra_repr(self) -> str:
         options = {
@@ -158,9 +167,8 @@ def rms_norm(
     check_features("rms_norm", shape, over, None, input)
     check_options("rms_norm", cast=(cast, Cast))
     rule = rms_norm_rule(len(shape), eps, over, guard, offset)
-    if _rounds_first(cast, input):
-        return _rounded_first(rule, input, weight, bias, mask, backend)
-    return run(rule, input, weight, bias, mask=mask, backend=backend)
+    call = Call(rule, input, weight, bias, mask=mask, backend=backend)
+    return (_round_first(call) if _rounds_first(cast, input) else perform(call)).y
 
 
 @remembered
@@ -173,16 +181,16 @@ def _rounds_first(cast: Cast, x: Tensor) -> bool:
     return cast == "before weight" and x.dtype.itemsize < 4
 
 
-def _rounded_first(
-    rule: Rule, x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None, backend: Backend
-) -> Tensor:
-    """Normalize, round to the input's dtype, and only then scale and shift."""
+def _round_first(call: Call) -> Output:
+    """Normalize, round to the input's dtype, and only then scale, shift and activate."""
+    rule, x, weight, bias, mask = call.rule, call.x, call.weight, call.bias, call.mask
     assert rule.compensation is not None
-    y = run(_bare(rule), x, mask=mask, backend=backend)
-    split = rule.support.split(x.shape)
+    found = perform(call._replace(rule=_bare(rule), weight=None, bias=None, activation=None))
+    y, split = found.y, rule.support.split(x.shape)
     wide = y.dtype if weight is None else torch.promote_types(y.dtype, weight.dtype)
     y = rule.compensation.apply(y.reshape(split.shape).to(wide), split, weight, bias).reshape(x.shape).to(x.dtype)
-    return y if mask is None or bias is None else torch.where(mask, y, 0.0)
+    y = y if mask is None or bias is None else torch.where(mask, y, 0.0)
+    return found._replace(y=activate(y, call.activation))
 
 
 CARD = Card(

@@ -49,12 +49,13 @@ class Explanation:
     formula: str
     support: str
     accumulation: torch.dtype
+    kept: str = ""  # of a layer with save="output": whether it does keep its output, or why not
 
     def __str__(self) -> str:
         return (
             f"{self.formula}\n{self.support}\n"
             f"statistics in {str(self.accumulation).removeprefix('torch.')}; back end: {self.backend}, {_WHAT[self.backend]}\n"
-            f"because {self.why}"
+            f"because {self.why}" + (f"\nkeeps {self.kept} for the backward pass" if self.kept else "")
         )
 
 

@@ -144,7 +144,20 @@ def explained(call: Call) -> Explanation:
     """Explain the choice for a call."""
     choice, rule, x = choose(call), call.rule, call.x
     support = str(rule.support) if x.is_nested else rule.support.explain(x.shape)
-    return Explanation(choice.backend, choice.why, rule.formula(), support, accumulation_dtype(x.dtype))
+    tensor = "" if call.save == "input" else _kept_tensor(choice, call)
+    return Explanation(choice.backend, choice.why, rule.formula(), support, accumulation_dtype(x.dtype), tensor)
+
+
+def _kept_tensor(choice: Choice, call: Call) -> str:
+    """What a call that asks to keep its output keeps, and why if that is its input."""
+    perform = choice.perform
+    if isinstance(perform, partial) and perform.func is native.perform and perform.args[0].output:
+        return "its output"
+    if not call.own:
+        return "its input (by given statistics)"
+    return (
+        "its input (the output is kept by normkit's kernel alone, without torch's operators, transforms or a compiler)"
+    )
 
 
 def perform(call: Call) -> Output:
@@ -163,18 +176,22 @@ def perform_by(choice: Choice, call: Call) -> Output:
 
 
 def quantize(call: Call) -> tuple[Tensor, Tensor]:
-    """The output as int8, and a scale for each row of its last axis, without gradients."""
-    with torch.no_grad():
-        choice = kept(call, call.key())
-        if isinstance(choice.perform, partial) and choice.perform.func is native.perform:
-            ready = choice.perform.args[0]
-            if native.by_rows(ready, call.x):
-                return native.quantize(ready, call.x, call.weight, call.bias)
-        y = perform_by(choice, call).y.float()
-        most = y.abs().amax(-1, keepdim=True)
-        most = torch.where(most.isfinite(), most, math.nan)
-        factor = torch.where(most == 0, 0.0, 127 / most)
-        return (y * factor).round().nan_to_num().to(torch.int8), most / 127
+    """The output as int8, and a scale for each row of its last axis; called without gradients."""
+    choice = kept(call, call.key())
+    if isinstance(choice.perform, partial) and choice.perform.func is native.perform:
+        ready = choice.perform.args[0]
+        if native.by_rows(ready, call.x):
+            return native.quantize(ready, call.x, call.weight, call.bias)
+    return in_whole_numbers(perform_by(choice, call).y)
+
+
+def in_whole_numbers(y: Tensor) -> tuple[Tensor, Tensor]:
+    """A tensor as int8, and a scale for each row of its last axis."""
+    y = y.float()
+    most = y.abs().amax(-1, keepdim=True) if y.shape[-1] else y.new_zeros((*y.shape[:-1], 1))
+    most = torch.where(most.isfinite(), most, math.nan)
+    factor = torch.where(most == 0, 0.0, 127 / most)
+    return (y * factor).round().nan_to_num().to(torch.int8), most / 127
 
 
 def normalize(

@@ -1,14 +1,26 @@
 """Dropout that stores no mask: the backward pass draws again what the forward pass drew."""
 
+from numbers import Real
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from normkit.core.errors import OptionError
 from normkit.engine.abi import TYPES, Form, checked, entry, plain
 from normkit.engine.library import library
 from normkit.engine.plan import is_dense
+
+
+def check_dropout(who: str, value: Any, heeded: bool) -> None:
+    """Refuse what is no probability, and one of a layer that would not heed it."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+        raise OptionError(f"{who}: dropout={value!r}; wanted a probability, a number from 0 to 1")
+    if not heeded:
+        raise OptionError(
+            f"{who}: dropout={value!r} would be ignored, as this layer does not drop; put torch.nn.Dropout behind it"
+        )
 
 
 def drop(x: Tensor, p: float) -> Tensor:

@@ -1,9 +1,11 @@
 """A module that runs a rule."""
 
+import copy
 import inspect
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from normkit.core.compensation import Affine
@@ -16,7 +18,7 @@ from normkit.core.support import Support, show
 from normkit.engine.call import Activation, Backend, Call, Output, Save
 from normkit.engine.choose import Explanation, kept
 from normkit.engine.dispatch import explained, perform_by, quantize
-from normkit.engine.dropout import drop
+from normkit.engine.dropout import check_dropout, drop
 from normkit.engine.guard import calm
 from normkit.engine.known import Known
 from normkit.engine.reference import check_activation
@@ -32,7 +34,7 @@ class Layer(Module):
     A subclass defines ``make_rule`` and ``check``. The attribute ``backend`` is ``"auto"`` unless set; ``explain(x)`` says what
     would run. The attribute ``activation`` is applied in the same pass: ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"``,
     ``"gelu"``, ``"gelu_tanh"`` or None. The attribute ``save`` says what is kept for the backward pass, ``"input"`` or
-    ``"output"``; ``dropout`` the probability with which an element of the output becomes zero in training.
+    ``"output"``; ``dropout``, of a layer whose constructor takes it, the probability of a zero in the output in training.
     """
 
     backend: Backend = "auto"
@@ -75,7 +77,7 @@ class Layer(Module):
         """
         own = self.__dict__  # nn.Module's __getattr__ is slow next to a small kernel
         if own.get("dropout", 0.0) and self.training:
-            return drop(self._perform(self._call(input, mask)).y, self.dropout)
+            return drop(self._perform(self._call(input, mask)).y, own["dropout"])
         # calm() first: a compiler would guard its graph on whatever is read here, and compile again when that changes.
         if calm() and mask is None and "_known" in own and not input.is_nested:
             parameters, buffers = own["_parameters"], own["_buffers"]
@@ -145,10 +147,8 @@ class Layer(Module):
             self._check_save(self.save, value)
         if name == "save":
             self._check_save(value, self.activation)
-        if name == "dropout" and not (0 <= (value or 0.0) <= 1 and (not value or _takes(type(self), name))):
-            raise OptionError(
-                f"{type(self).__name__}: dropout={value}; wanted a probability from 0 to 1, of a layer that takes one as argument"
-            )
+        if name == "dropout":
+            check_dropout(type(self).__name__, value, not value or _has_argument(type(self), name))
         self._forget()
         super().__setattr__(name, value)
 
@@ -194,10 +194,13 @@ class Layer(Module):
 
         Raises:
             ShapeError: the input does not fit, or the residual is of another shape or dtype.
+            OptionError: the layer has a ``forward`` of its own, as one with a condition has.
         """
+        self._runs_the_rule_alone("after_sum", "add the residual and call the layer")
         y, total, *_ = self._perform(self._call(input, mask, residual))
         assert total is not None
-        return (drop(y, self.dropout) if self.dropout and self.training else y), total
+        p = self.__dict__.get("dropout", 0.0)  # as in ``forward``
+        return (drop(y, p) if p and self.training else y), total
 
     def quantized(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Normalize and round each row of the last axis to whole numbers with a scale of its own, for inference.
@@ -210,10 +213,11 @@ class Layer(Module):
 
         Returns:
             q, int8 of the input's shape, and scale, float32 of the input's shape with a last axis of 1; y is about q * scale. A
-            row of zeros has the scale 0; one with a NaN or an infinity has the scale NaN.
+            row of zeros, or of nothing, has the scale 0; one with a NaN, an infinity or a number beyond float32 the scale NaN.
 
         Raises:
-            ShapeError: the input does not fit.
+            ShapeError: the input does not fit, or is nested.
+            OptionError: the layer has a ``forward`` of its own, as one with a condition has.
 
         Reference:
             Dettmers, Lewis, Belkada, Zettlemoyer, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale" (2022),
@@ -223,8 +227,28 @@ class Layer(Module):
         >>> normkit.RMSNorm(2, elementwise_affine=False).quantized(torch.tensor([[3.0, 4.0]]))
         (tensor([[ 95, 127]], dtype=torch.int8), tensor([[0.0089]]))
         """
+        self._runs_the_rule_alone("quantized", "call the layer and round its output")
+        if input.is_nested:
+            raise ShapeError(
+                f"{type(self).__name__}.quantized: got a nested tensor, whose rows differ in length; wanted one of a single "
+                "shape: pass its tensors one by one, or its values()"
+            )
+        # A copy rather than a switch of the mode, which other threads would see.
+        layer = copy.copy(self).eval() if self.training and self.running() is not None else self
+        with torch.no_grad():
+            return layer._quantize(input.detach())
+
+    def _quantize(self, input: Tensor) -> tuple[Tensor, Tensor]:
         self._fits(input)
-        return quantize(self._call(input.detach(), None))
+        return quantize(self._call(input, None))
+
+    def _runs_the_rule_alone(self, method: str, instead: str) -> None:
+        """Refuse a method that runs the rule where ``forward`` does more."""
+        if type(self).forward is not Layer.forward:
+            raise OptionError(
+                f"{type(self).__name__}.{method}: the layer has a forward of its own, and this would run its rule alone; wanted "
+                f"a layer that is its rule, such as LayerNorm; {instead} instead"
+            )
 
     def complete(self, bias: bool = True) -> None:
         """End a constructor: drop the bias that torch's made if it is not wanted, and make the rule.
@@ -259,7 +283,12 @@ class Layer(Module):
 
 def _takes(kind: type, option: str) -> bool:
     """Whether layers of a class heed an option: they inherit ``forward``, or take the option as an argument."""
-    return kind.forward is Layer.forward or option in inspect.signature(kind.__init__).parameters
+    return kind.forward is Layer.forward or _has_argument(kind, option)
+
+
+def _has_argument(kind: type, option: str) -> bool:
+    """Whether a constructor takes the option: the class's own, or one that it calls."""
+    return any(option in inspect.signature(each.__init__).parameters for each in kind.__mro__)
 
 
 def check_layout(who: str, layout: str) -> str:

@@ -66,7 +66,8 @@ def quantize(ready: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | N
     q, scale = torch.empty_like(x, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     pointers = x.data_ptr(), pointer(weight), pointer(bias), q.data_ptr(), scale.data_ptr()
     checked(entry("nk_quantize")(ready.address, *pointers))
-    return q, scale
+    # A double beyond float32's range; all of q is 0 there.
+    return q, scale if x.dtype != torch.float64 else scale.masked_fill_(scale.isinf(), torch.nan)
 
 
 def quick(chosen: Any, call: Call) -> Callable[..., Tensor] | None:
