@@ -57,14 +57,15 @@ class LayerNorm(Layer, nn.LayerNorm):
         save: what is kept for the backward pass: ``"input"``, or the ``"output"``, which a convolution or linear layer behind it
             keeps anyway: the normalized input is then computed again from it. Default: "input".
         dropout: probability with which an element of the output becomes zero in training, where the others are divided by
-            1 - dropout. No mask is stored: the backward pass draws again. Default: 0.
+            1 - dropout. No mask is stored: the backward pass draws again. Set the attribute to change it: code that looks for
+            ``nn.Dropout`` modules does not see it. Default: 0.
 
     Shape: (*, *normalized_shape), or (N, C, *) with ``over``; the output has the same shape.
 
     Raises:
         ShapeError: the input does not end in ``normalized_shape``, or has another number of channels.
         OptionError: an unknown ``over`` or ``per``.
-        OptionError: with ``save="output"``, an activation that has no inverse or, in training, a gain too small to be undone.
+        OptionError: with ``save="output"``, an activation without an inverse or, where gradients are recorded, a gain too small.
 
     Reference: Ba, Kiros, Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450.
 
