@@ -224,6 +224,14 @@ def test_nothing_is_found_in_clean_models(name: str) -> None:
     assert (str(found), found.notes) == ("nothing found", ())
 
 
+def test_norms_drop_nothing_meanwhile() -> None:
+    model, zeros = Tokens(partial(nk.LayerNorm, 16, dropout=0.5)), []
+    model.norm.register_forward_hook(lambda _, args, y: zeros.append(bool((y == 0).any())))
+    nk.audit(model, {"ids": IDS})
+    assert not zeros[0]
+    assert model.norm.dropout == 0.5
+
+
 class Everything(Images):
     """Dropout, power iteration, a buffer that is replaced, and random numbers in the forward pass."""
 

@@ -134,6 +134,27 @@ def test_a_norm_of_another_rule_is_not_the_plain_one():
     assert not torch.allclose(model.train()(x), wanted)
 
 
+@pytest.mark.parametrize("method", [LayerNorm, RMSNorm])
+@pytest.mark.parametrize("to", ["ln:c", "rms:c", "bn", "gn:4", "holo", "none", "ghost"])
+def test_what_a_norm_does_behind_itself_goes_over(method, to):
+    norm = method(8, over=None if to == "holo" else "c", dropout=0.3, activation="leaky_relu", save="output")
+    if to == "ghost":
+        for activation in ("leaky_relu", None):
+            norm.activation = activation
+            with pytest.raises(
+                SurgeryError, match=rf"it applies {activation or 'dropout=0.3'} too, which ghost:16 has no"
+            ):
+                convert(nn.Sequential(norm), to)
+        norm.dropout = 0.0
+        assert "keeps its input" in convert(nn.Sequential(norm), to).rows[0].note
+        return
+    made = convert(nn.Sequential(norm), to).model[0]
+    if to == "none":
+        assert (repr(made[0]), made[1].p) == ("LeakyReLU(negative_slope=0.01)", 0.3)
+    else:
+        assert (made.activation, made.dropout, made.save) == ("leaky_relu", 0.3, "output")
+
+
 @pytest.mark.parametrize("to", ["bn", "gn:2"])
 def test_parameters_without_a_place_are_told(to):
     note = convert(nn.Sequential(BatchChannelNorm(4, 2)), to).rows[0].note

@@ -47,11 +47,17 @@ class PlainRMSNorm(nn.Module):
 
 IMAGES, TOKENS = (2, 3, 6, 6), (2, 5, 6)
 FROZEN = convert(nn.Sequential(nn.BatchNorm2d(4)), "frozen_bn").model[0]
+DROPPING = BatchNorm(4)
+DROPPING.dropout = 0.5
 CIRCULAR = nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect", groups=3)
 # What stands there, what it reads, what remains of the norm, and why it is left.
 WAYS = {
     "norm and activation": ([nn.Conv2d(3, 4, 3), BatchNormAct(4, nn.Hardswish())], IMAGES, nn.Hardswish, ""),
     "ours with an activation": ([nn.Conv2d(3, 4, 3), BatchNorm(4, activation="gelu")], IMAGES, nn.GELU, ""),
+    "ours with dropout": ([nn.Conv2d(3, 4, 3), DROPPING], IMAGES, nn.Dropout, ""),
+    "a gain and dropout": ([Gain(nk.LayerNorm(6, bias=False, dropout=0.5))], TOKENS, nk.LayerNorm, ""),
+    "the same over positions": ([nk.RMSNorm(3, over="c *", dropout=0.5), nn.Conv2d(3, 4, 2)], IMAGES, nk.RMSNorm, ""),
+    "a bias and dropout": ([Gain(nk.LayerNorm(6, dropout=0.5))], TOKENS, nk.LayerNorm, "would not drop its bias"),
     "frozen": ([nn.Conv2d(3, 4, 3), FROZEN], IMAGES, nn.Identity, ""),
     "before a convolution": ([nn.ReLU(), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)], IMAGES, nn.Identity, ""),
     "before groups": ([nn.ReLU(), nn.BatchNorm2d(3), CIRCULAR], IMAGES, nn.Identity, ""),
@@ -79,6 +85,7 @@ def test_a_norm_goes_into_its_neighbours(way: str, dtype: torch.dtype) -> None:
     wanted, changes = model(x), fold(model, x)
     after = model.get_submodule(name)
     assert type(after) is left
+    assert getattr(norm, "dropout", 0.0) == getattr(after, "dropout", getattr(after, "p", 0.0))
     if reason:
         assert reason in changes.passed_over[0].reason
         assert after is norm
@@ -231,12 +238,19 @@ def hooked() -> nn.Module:
     return model
 
 
+def dropping() -> nn.Module:
+    model = Images()
+    model.norm = nk.LayerNorm(8, dropout=0.5)
+    return model
+
+
 TOKENS_centring, IMAGES_centring = torch.arange(12).view(2, 6), torch.randn(2, 4, 6, 6)
 # What is folded, what it reads, how many norms become RMS normalizations, and why the others don't.
 CASES = {
     "transformer": (Transformer, TOKENS_centring, 5, ""),
     "a bias that stays": (lambda: Transformer(bias=True), TOKENS_centring, 5, ""),
     "images": (Images, IMAGES_centring, 2, ""),
+    "dropout": (dropping, IMAGES_centring, 2, ""),
     "grouped": (lambda: Images(2), IMAGES_centring, 0, "written by another operation (convolution)"),
     "a gain": (lambda: Transformer(lambda model, x: x * model.scale), TOKENS_centring, 0, "by another operation (mul)"),
     "a function": (lambda: Transformer(lambda model, x: x.tanh()), TOKENS_centring, 0, "another operation (tanh)"),
@@ -260,6 +274,7 @@ def test_layer_norms_become_rms_norms_where_their_stream_can_be_centred(case: st
     changes = nk.fold(model, x, centring=True)
     made = [module for module in model.modules() if isinstance(module, nn.RMSNorm)]
     assert len(made) == count == sum("centring" in row.note for row in changes)
+    assert [getattr(norm, "dropout", 0.0) for norm in made if case == "dropout"] in ([], [0.5, 0.0])
     if reason:
         assert any(reason in left.reason for left in changes.passed_over)
     # The promise of every fold; float64 rounds 1e9 times finer.

@@ -55,7 +55,7 @@ class GroupNorm(Layer, nn.GroupNorm):
     Raises:
         OptionError: the channels do not split into the groups; an unknown layout.
         ShapeError: a number of channels other than ``num_channels``; a single sample with one value per group, as in torch.
-        OptionError: with ``save="output"``, an activation that has no inverse or, in training, a gain too small to be undone.
+        OptionError: with ``save="output"``, an activation without an inverse or, where gradients are recorded, a gain too small.
 
     Reference: Wu and He, "Group Normalization" (2018), https://arxiv.org/abs/1803.08494.
 
@@ -63,7 +63,7 @@ class GroupNorm(Layer, nn.GroupNorm):
     tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
     """
 
-    unusual: ClassVar = {"layout": "n c *", "activation": None, "save": "input"}
+    unusual: ClassVar = {"layout": "n c *", "activation": None, "save": "input", "dropout": 0.0}
 
     def __init__(
         self,

@@ -61,14 +61,14 @@ class LayerNorm(Layer, nn.LayerNorm):
             no kernel does so the input is kept, as ``explain`` says. Default: "input".
         dropout: probability with which an element of the output becomes zero in training, where the others are divided by
             1 - dropout. No mask is stored: the backward pass draws again. With it ``save="output"`` saves nothing, as the layer
-            behind keeps another tensor. Default: 0.
+            behind keeps another tensor. Code that looks for ``nn.Dropout`` modules does not see it. Default: 0.
 
     Shape: (*, *normalized_shape), or (N, C, *) with ``over``; the output has the same shape.
 
     Raises:
         ShapeError: the input does not end in ``normalized_shape``, or has another number of channels.
         OptionError: an unknown ``over`` or ``per``.
-        OptionError: with ``save="output"``, an activation that has no inverse or, in training, a gain too small to be undone.
+        OptionError: with ``save="output"``, an activation without an inverse or, where gradients are recorded, a gain too small.
 
     Reference: Ba, Kiros, Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450.
 

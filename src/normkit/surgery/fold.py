@@ -21,7 +21,7 @@ from normkit.surgery.freeze import is_frozen
 from normkit.surgery.norms import Norm, describe, is_norm, norms_in, read_norm
 from normkit.surgery.select import is_gpt2_linear
 from normkit.surgery.substitute import inherit, put
-from normkit.surgery.target import activation_module
+from normkit.surgery.target import Target, activation_module, norm_cards
 from normkit.surgery.transaction import transaction
 from normkit.surgery.watch import Axis, Sight, Stream, Watch, run_on, tensors_in
 
@@ -47,9 +47,10 @@ def fold(model: nn.Module, example: Any = None, *, centring: bool = False, toler
       becomes torch's with that weight;
     * each batch normalization, torch's, frozen, with an activation behind it or of its family here, goes into the Conv,
       ConvTranspose or Linear before it, W' = (weight / s) W, b' = bias + (b - mean) weight / s, s = sqrt(var + eps) (or what the
-      norm keeps), or into those behind it, if they don't pad with zeros; its activation, or an Identity, is left in its place;
+      norm keeps), or into those behind it, if they don't pad with zeros; its activation and dropout, or an Identity, stay there;
     * gain and bias of a layer, RMS, group or instance normalization go into the Linear or Conv layers behind it, and one
-      without parameters is left: torch's, or one from here over channels on axis 1, which torch lacks;
+      without parameters is left: torch's, or one from here over channels on axis 1, which torch lacks, or with its dropout
+      or ``save="output"``; a bias that dropout follows stays, and so does its norm;
     * with ``centring``, a layer normalization over the last axis becomes an RMS normalization (torch's, or one from here where a
       bias is left) if all that its input, such as a residual stream, is summed up from is linear layers, convolutions,
       embeddings and parameters, and nothing but such norms reads it: their weights and biases lose their mean over outputs,
@@ -245,7 +246,10 @@ def _fold_into(
 
     def change() -> dict[int, nn.Module]:
         for layer in layers:
-            reason = (absorb_behind if before else absorb_before)(layer, *scale_and_shift(module, norm))
+            scale, shift = scale_and_shift(module, norm)
+            if norm.dropout and not before and bool(shift.any()):
+                raise _Refused("a layer behind it would not drop its bias; set its dropout to 0 first if it is trained")
+            reason = (absorb_behind if before else absorb_before)(layer, scale, shift)
             if reason:
                 raise _Refused(reason)
         return {id(module): after}
@@ -303,16 +307,27 @@ def _without_mean(norm: Norm) -> nn.Module:
     weight, bias = norm.weight, norm.bias
     if weight is not None and norm.offset:
         weight = nn.Parameter(weight.detach() + norm.offset, weight.requires_grad)
-    kind = nn.RMSNorm if bias is None else partial(RMSNorm, bias=True)  # torch's takes no bias
+    kept = {"bias": bias is not None, "dropout": norm.dropout, "save": norm.save}  # torch's takes none of these
+    kind = partial(RMSNorm, **kept) if bias is not None or _does_more(norm) else nn.RMSNorm
     made = kind([*norm.shape], norm.eps, weight is not None)
     made._parameters.update(weight=weight, **({} if bias is None else {"bias": bias}))
     return made.eval()
 
 
+def _does_more(norm: Norm) -> bool:
+    """Whether torch's layer lacks what it does."""
+    return norm.dropout > 0 or norm.save == "output"
+
+
 def _without_parameters(norm: Norm) -> nn.Module:
     over, eps = norm.option if norm.axes == "n c *" else "", norm.eps or 0.0
     if norm.kind not in _GAINS:
-        return nn.Identity()
+        return activation_module(norm)
+    if _does_more(norm):
+        bare = replace(norm, weight=None, bias=None, offset=0.0, affine=False)
+        like = norm.weight if norm.weight is not None else norm.bias
+        assert like is not None
+        return Target(norm_cards()[norm.kind].word, norm.kind, norm.option).build("", bare, like)[0]
     if norm.kind == "rms_norm":  # torch has none over channels on axis 1; and None is its own eps
         return RMSNorm(norm.shape, norm.eps, False, over=over) if over else nn.RMSNorm([*norm.shape], norm.eps, False)
     if norm.kind == "layer_norm" and over != "c *":

@@ -17,7 +17,7 @@ from normkit.core.errors import SurgeryError
 from normkit.core.moments import accumulation_dtype
 from normkit.core.place import Axes
 from normkit.core.support import show
-from normkit.engine.call import Activation
+from normkit.engine.call import Activation, Save
 from normkit.engine.layer import Cast, Layer
 from normkit.engine.reference import activate
 from normkit.surgery.changes import label
@@ -105,6 +105,8 @@ class Norm:
     cast: Cast | None = "after weight"  # when a half type is rounded; None where no layer here rounds like it
     # What follows, by name where layers here know it, else as a module; None where nothing does.
     activation: str | nn.Module | None = None
+    dropout: float = 0.0  # behind that
+    save: Save = "input"  # what a layer here keeps for the backward pass
 
     def guard(self, dtype: torch.dtype) -> float:
         """The eps as a number."""
@@ -160,6 +162,8 @@ def read_norm(name: str, module: nn.Module, seen: Sequence[int] | None = None) -
         norm = _frozen(module)
     else:
         norm = _by_behaviour(module, who, card)
+    if isinstance(module, Layer):
+        norm = replace(norm, dropout=module.dropout or 0.0, save=module.save)
     if seen is None:
         return norm
     shape = norm.shape or (seen[1 if norm.axes == "n c *" else -1],)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +15,8 @@ from normkit.core.card import Card
 from normkit.core.errors import NotationError, OptionError, SurgeryError, closest
 from normkit.core.place import Place
 from normkit.core.support import show
-from normkit.engine.call import Activation
 from normkit.engine.layer import Layer
+from normkit.engine.reference import check_activation
 from normkit.surgery.changes import label
 from normkit.surgery.norms import FrozenBatchNorm, Norm, count_from_one, has_flag, reach
 
@@ -116,23 +115,28 @@ class Target:
             new = card.build(place)
         except OptionError as error:
             raise SurgeryError(f"{label(name)}: {error}, or leave the layer with {_LEAVE}") from error
-        self._take_activation(name, norm, new)
+        self._take_what_follows(name, norm, new)
         if norm.track is False and norm.tracks:
             self._hold(name, card, new)
-        notes = [norm.note, *_carry(card, norm, new), *_memory(norm, new)]
+        notes = [norm.note, *_carry(card, norm, new), *_memory(norm, new), _keep(norm, new)]
         if causal and norm.alone and norm.rank != 2 and "*" in reach(card, new):
             notes.append(OVER_POSITIONS)
         return new, "; ".join(filter(None, notes))
 
-    def _take_activation(self, name: str, norm: Norm, new: nn.Module) -> None:
-        if norm.activation is None:
-            return
-        if norm.activation not in get_args(Activation) or not isinstance(new, Layer | FrozenBatchNorm):
-            raise SurgeryError(
-                f"{label(name)}: it applies {norm.activation} too, which {self} has no place for; put that behind it in a layer "
-                f"of its own, or leave it with {_LEAVE}"
-            )
-        new.activation = norm.activation  # pyright: ignore[reportAttributeAccessIssue]
+    def _take_what_follows(self, name: str, norm: Norm, new: nn.Module) -> None:
+        for key, value in (("activation", norm.activation), ("dropout", norm.dropout)):
+            if not value:
+                continue
+            try:
+                check_activation(norm.activation)  # pyright: ignore[reportArgumentType]  # one of another library is refused too
+                if not isinstance(new, Layer | FrozenBatchNorm if key == "activation" else Layer):
+                    raise OptionError(f"{type(new).__name__} takes no {key}")
+                setattr(new, key, value)
+            except OptionError:
+                raise SurgeryError(
+                    f"{label(name)}: it applies {value if key == 'activation' else f'dropout={value}'} too, which {self} has no "
+                    f"place for; put that behind it in a layer of its own, or leave it with {_LEAVE}"
+                ) from None
 
     def _hold(self, name: str, card: Card, new: nn.Module) -> None:
         """Let a layer keep running statistics that training leaves as they are."""
@@ -159,7 +163,7 @@ class Target:
         for key, value in (("weight", norm.weight), ("bias", norm.bias)):
             if value is not None:
                 new._buffers[key] = value.detach().clone()
-        self._take_activation(name, norm, new)
+        self._take_what_follows(name, norm, new)
         return new, "weight and bias are buffers now" if norm.weight is not None else ""
 
     def _misfit(self, card: Card, norm: Norm) -> str:
@@ -208,11 +212,22 @@ def _count_from(offset: float, new: nn.Module, weight: nn.Parameter) -> None:
 
 
 def activation_module(norm: Norm) -> nn.Module:
-    """What follows a norm, as a layer of its own."""
-    act = norm.activation
-    if act is None or isinstance(act, nn.Module):
-        return nn.Identity() if act is None else act
-    return _MODULES[act]()
+    """What follows a norm, its activation and its dropout, as a layer of its own."""
+    act, drop = norm.activation, [nn.Dropout(norm.dropout)] if norm.dropout else []
+    parts = ([] if act is None else [act if isinstance(act, nn.Module) else _MODULES[act]()]) + drop
+    return nn.Sequential(*parts) if len(parts) > 1 else parts[0] if parts else nn.Identity()
+
+
+def _keep(norm: Norm, new: nn.Module) -> str:
+    """Let a layer keep its output for the backward pass if the norm did; a note where it can't."""
+    if norm.save == "output":
+        if not isinstance(new, Layer):
+            return "keeps its input"
+        try:
+            new.save = norm.save
+        except OptionError:
+            return "keeps its input"
+    return ""
 
 
 def _memory(norm: Norm, new: nn.Module) -> list[str]:

@@ -167,6 +167,8 @@ def set_training(model: nn.Module) -> None:
     for module in model.modules():
         if "drop" in type(module).__name__.lower():
             module.training = False
+        elif isinstance(module, Layer) and module.dropout:
+            module.dropout = 0.0
 
 
 @contextmanager
