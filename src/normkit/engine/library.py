@@ -144,10 +144,7 @@ def _open_file(path: Path) -> ctypes.CDLL:
 
 
 def _needed(path: Path) -> int:
-    """The size of a library according to its own headers; 0 for formats that the loader checks itself.
-
-    Linux's loader maps what the headers say into memory, and a read past the end of the file then kills the process.
-    """
+    """The size of a library by its own headers, past whose end a read kills the process; 0 for formats that loaders check."""
     with path.open("rb") as file:
         head = file.read(64)
         if len(head) < 64 or head[:5] != b"\x7fELF\2":

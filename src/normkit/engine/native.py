@@ -173,10 +173,7 @@ def _forward(
     rows: int,
     values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The output, the sum with the residual, and the statistics: 1 / scale, mean and variance, as many rows as asked for.
-
-    The kernel writes them, unless ``values`` holds them and ``ready`` was prepared for given ones.
-    """
+    """The output, the sum with the residual, and ``rows`` of 1 / scale, mean, variance, written unless ``values`` are given."""
     # empty_like keeps the strides of x, with which the kernel writes.
     y = torch.empty_like(x)
     total = None if residual is None else torch.empty_like(x)

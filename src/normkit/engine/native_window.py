@@ -59,9 +59,7 @@ def divide(x: Tensor, window: Window, definition: Callable[[Tensor], Tensor]) ->
     if found is None:
         return None
     plan = _plan(x, window, found)
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _Divide.apply(x, plan, definition)
-    return _forward(x, plan)
+    return _Divide.apply(x, plan, definition) if torch.is_grad_enabled() and x.requires_grad else _forward(x, plan)
 
 
 def _plan(x: Tensor, window: Window, found: Lanes) -> _Plan:

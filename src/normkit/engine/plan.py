@@ -46,9 +46,7 @@ class Nest:
     @property
     def kind(self) -> str:
         """``"row"``, ``"column"`` or ``"block"``."""
-        if self.far.size == 1:
-            return "row"
-        return "column" if self.mid.size * self.inner.size == 1 else "block"
+        return "row" if self.far.size == 1 else "column" if self.mid.size * self.inner.size == 1 else "block"
 
     @property
     def statistics(self) -> int:

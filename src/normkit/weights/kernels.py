@@ -134,10 +134,7 @@ def takes(weight: Tensor, *others: Tensor, rows: bool = False) -> bool:
 
 
 def _address(plan: Plan, which: int, tensor: Tensor | None) -> int | None:
-    """The address of a tensor of a call, by its place in ``NkWeightCall``; every pointer into the library comes from here.
-
-    It is refused without the plan's elements, dtype or density, as where a hook on saved tensors returned another tensor.
-    """
+    """The address of a call's tensor by its place in ``NkWeightCall``, refused without the plan's elements, dtype or density."""
     if tensor is None:
         return None
     address, dtype = tensor.data_ptr(), plan.dtype if which < 7 else accumulation_dtype(plan.dtype)

@@ -146,9 +146,7 @@ def folded(name: str, x: Tensor) -> float | None:
     model.eval()
     whole = model(x)
     changes = fold(model, x)
-    if all(row.before == row.after for row in changes.rows):
-        return None
-    return difference(changes.model(x), whole)
+    return None if all(row.before == row.after for row in changes.rows) else difference(changes.model(x), whole)
 
 
 def spectrum(name: str) -> list[list[float]]:

@@ -211,16 +211,12 @@ def page_context(result: dict[str, Any]) -> dict[str, Any]:
     names = [recipe["recipe"] for recipe in result["recipes"]]
     seeds = sorted({str(entry["seed"]) for recipe in result["recipes"] for entry in recipe["sweep"]}, key=len)
     scores, costs, *conditioned, changes = main_tables(result)
+    further, notes = further_tables(result), reading_notes(result)
     return {
         "looks": dict(zip(names, styles(names, result["baseline"]), strict=True)),
         "pictures": {picture.name or "time": picture for picture in figures.pictures(result)},
         "tables": {"scores": scores, "costs": costs, "conditioned": conditioned, "changes": changes},
-        "lists": {
-            "sweeps": rates_table(result),
-            "runs": runs_table(result),
-            "further": further_tables(result),
-            "more": reading_notes(result),
-        },
+        "lists": {"sweeps": rates_table(result), "runs": runs_table(result), "further": further, "more": notes},
         "swept": f"{'seed' if len(seeds) == 1 else 'seeds'} {listing(seeds) if seeds else 'none'}",
         "wording": wording,
     }

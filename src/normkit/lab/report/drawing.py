@@ -35,9 +35,7 @@ HUES = (
 )
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES: tuple[Line, ...] = ("-", "--", "-.", ":")
-GREY = BASELINE[0]
-COLOURS = [light for light, _ in HUES]
-SHAPES = list(MARKERS)
+GREY, COLOURS, SHAPES = BASELINE[0], [light for light, _ in HUES], list(MARKERS)
 COLUMN = 3.4  # inches: one column of a two-column page
 FULL = 7.0
 NAME = 24  # letters per line of a name
