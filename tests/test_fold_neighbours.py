@@ -47,14 +47,11 @@ class PlainRMSNorm(nn.Module):
 
 IMAGES, TOKENS = (2, 3, 6, 6), (2, 5, 6)
 FROZEN = convert(nn.Sequential(nn.BatchNorm2d(4)), "frozen_bn").model[0]
-DROPPING = BatchNorm(4)
-DROPPING.dropout = 0.5
 CIRCULAR = nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect", groups=3)
 # What stands there, what it reads, what remains of the norm, and why it is left.
 WAYS = {
     "norm and activation": ([nn.Conv2d(3, 4, 3), BatchNormAct(4, nn.Hardswish())], IMAGES, nn.Hardswish, ""),
     "ours with an activation": ([nn.Conv2d(3, 4, 3), BatchNorm(4, activation="gelu")], IMAGES, nn.GELU, ""),
-    "ours with dropout": ([nn.Conv2d(3, 4, 3), DROPPING], IMAGES, nn.Dropout, ""),
     "a gain and dropout": ([Gain(nk.LayerNorm(6, bias=False, dropout=0.5))], TOKENS, nk.LayerNorm, ""),
     "the same over positions": ([nk.RMSNorm(3, over="c *", dropout=0.5), nn.Conv2d(3, 4, 2)], IMAGES, nk.RMSNorm, ""),
     "a bias and dropout": ([Gain(nk.LayerNorm(6, dropout=0.5))], TOKENS, nk.LayerNorm, "would not drop its bias"),

@@ -155,7 +155,7 @@ class BatchNorm(Layer, TorchBatchNorm):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + self.repr_options(
-            layout="n c *", spatial=None, activation=None, save="input", dropout=0.0, accumulate=1
+            layout="n c *", spatial=None, activation=None, save="input", accumulate=1
         )
 
 

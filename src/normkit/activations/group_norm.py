@@ -63,7 +63,7 @@ class GroupNorm(Layer, nn.GroupNorm):
     tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
     """
 
-    unusual: ClassVar = {"layout": "n c *", "activation": None, "save": "input", "dropout": 0.0}
+    unusual: ClassVar = {"layout": "n c *", "activation": None, "save": "input"}
 
     def __init__(
         self,

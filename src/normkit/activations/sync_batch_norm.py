@@ -49,7 +49,7 @@ class SyncBatchNorm(Layer, TorchBatchNorm):
     tensor([[-1.0000,  1.0000]])
     """
 
-    unusual: ClassVar = {"layout": "n c *", "activation": None, "dropout": 0.0}
+    unusual: ClassVar = {"layout": "n c *", "activation": None}
 
     def __init__(
         self,
