@@ -5,7 +5,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from normkit.core.errors import OptionError, SurgeryError
-from normkit.engine.layer import Layer
 from normkit.surgery.changes import Change, Changes, label
 from normkit.surgery.norms import describe
 from normkit.surgery.select import Where, choose
@@ -49,8 +48,7 @@ def freeze(model: nn.Module, where: Where = "all", *, statistics: bool = True, a
                 norm.training = False
             for parameter in norm.parameters(recurse=False):
                 parameter.requires_grad_(parameter.requires_grad and not affine)
-            rests = "; its dropout is off" if statistics and isinstance(norm, Layer) and norm.dropout else ""
-            rows.append(Change(label(name), describe(norm), describe(norm), f"{said} stay{rests}"))
+            rows.append(Change(label(name), describe(norm), describe(norm), f"{said} stay"))
         return opened.close(model, rows)
 
 

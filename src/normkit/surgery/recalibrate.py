@@ -18,7 +18,6 @@ from normkit.activations.recurrent_batch_norm import RecurrentBatchNorm, padding
 from normkit.activations.switchable_norm import ExemplarNorm, SwitchableNorm
 from normkit.core.errors import OptionError, SurgeryError, check_options
 from normkit.core.moments import Moments, moments
-from normkit.engine.layer import Layer
 from normkit.surgery.changes import Change, Changes, PassedOver, label
 from normkit.surgery.freeze import is_frozen
 from normkit.surgery.transaction import transaction
@@ -184,21 +183,18 @@ def _as_when_training(model: nn.Module, norms: Iterable[nn.Module]) -> Iterator[
     """Everything in evaluation but the norms, which normalize by their batch's statistics; all is put back afterwards."""
     norms = list({id(norm): norm for norm in norms}.values())
     buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
-    given = {"schedule": RenormSchedule.constant(1, 0), "dropout": 0.0}
-    kept = [
-        (norm, key, vars(norm)[key]) for norm in norms if isinstance(norm, Layer) for key in given if key in vars(norm)
-    ]
+    schedules = [(norm, norm.schedule) for norm in norms if isinstance(norm, BatchRenorm)]
     try:
         with modes_kept(model):
             model.eval()
             for norm in norms:
                 norm.training = True
-            for norm, key, _ in kept:
-                setattr(norm, key, given[key])
+            for norm, _ in schedules:
+                norm.schedule = RenormSchedule.constant(1, 0)
             yield
     finally:
-        for norm, key, value in kept:
-            setattr(norm, key, value)
+        for norm, schedule in schedules:
+            norm.schedule = schedule
         for buffer, value in buffers:
             buffer.copy_(value)
 
