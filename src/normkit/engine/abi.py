@@ -65,12 +65,7 @@ def entry(name: str) -> Any:
 
 
 def checked(status: int) -> None:
-    """Raise unless a kernel answered that all is well.
-
-    Raises:
-        MemoryError: there was no room for a workspace.
-        BackendError: a tensor has no memory behind it.
-    """
+    """Raise unless a kernel answered that all is well."""
     if status:
         kind, text = _STATUSES.get(status, (BackendError, f"a kernel returned status {status}; please report this"))
         raise kind(text)
@@ -133,11 +128,7 @@ class Form(NamedTuple):
         return t.shape == self.shape and t.stride() == self.strides and t.dtype == self.dtype and readable(t)
 
     def restore(self, t: Tensor) -> Tensor:
-        """Return a tensor in this form: itself if it has it, else a copy, as when hooks on saved tensors changed it.
-
-        Raises:
-            BackendError: it has another shape.
-        """
+        """Return a tensor in this form: itself if it has it, else a copy, as when hooks on saved tensors changed it."""
         if self.holds(t):
             return t
         if t.shape != self.shape:
@@ -179,17 +170,7 @@ def lanes(x: Tensor, axis: int = 1) -> Lanes | None:
 def gradients(
     definition: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], dy: Tensor
 ) -> list[Tensor | None]:
-    """Compute gradients by autograd through the definition, for a backward pass that is itself differentiated or transformed.
-
-    Args:
-        definition: the function of the inputs in PyTorch.
-        inputs: tensors, or None.
-        needed: which gradients are wanted.
-        dy: the gradient of the output.
-
-    Returns:
-        A gradient for each input, None where it is not needed.
-    """
+    """Compute gradients by autograd through the definition, for a backward pass that is itself differentiated or transformed."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # With respect to views: where one input was computed from another, the path through that must not count.

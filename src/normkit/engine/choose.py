@@ -74,13 +74,7 @@ def backends() -> dict[str, str | None]:
 #   torch.func, forward   the definition: it alone has every derivative there
 #   a mask, other rules   the definition
 def choose(call: Call) -> Choice:
-    """The back end for a call.
-
-    Raises:
-        ShapeError: the input, a parameter or a running statistic does not fit the rule.
-        OptionError: there is no such back end or activation, or the input is not floating.
-        BackendError: the back end asked for can't run this, with the reason.
-    """
+    """The back end for a call."""
     x = call.x
     if nested.applies(call):  # first, as a nested tensor has no shape to split
         return Choice(

@@ -112,23 +112,8 @@ def explain(
 ) -> Explanation:
     """Say which back end ``run`` would use for these arguments, and why.
 
-    Args:
-        rule: the rule that would run.
-        x: the input.
-        weight: as for ``run``.
-        bias: as for ``run``.
-        running: as for ``run``.
-        training: as for ``run``.
-        mask: as for ``run``.
-        activation: as for ``run``.
-        measured: whether the statistics are wanted too, as by ``run_measured``.
-        backend: as for ``run``.
-
-    Returns:
-        The choice with its reason; ``print`` it.
-
-    Raises:
-        ShapeError, BackendError, OptionError: as ``run`` would.
+    Arguments and errors are those of ``run``; ``measured`` says that the statistics are wanted too, as by ``run_measured``. Print
+    what is returned.
 
     >>> print(explain(Rule(Support("n c *", over="c"), Statistic(None, "rms")), torch.zeros(2, 8, 5, 5), backend="closed"))
     y = x / sqrt(E[x^2] + eps)

@@ -71,14 +71,6 @@ def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
 def plan(split: Split, strides: Sequence[int], compensation: Affine | None) -> Nest | str:
     """Find the loop nest of a rule on a tensor.
 
-    Args:
-        split: split of the rule's support.
-        strides: strides of the tensor viewed as ``split.shape``; dense.
-        compensation: the rule's compensation, or None.
-
-    Returns:
-        The nest, or the reason these axes have none.
-
     >>> split = Split((6, 2, 4, 35), ("n", "g", "c", "*"), (2, 3))
     >>> nest = plan(split, (280, 140, 35, 1), Affine("(g c)"))
     >>> nest.kind, nest.outer, nest.mid, nest.inner, nest.outer_place

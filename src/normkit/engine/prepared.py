@@ -97,16 +97,7 @@ def prepare(
 ) -> Prepared | str:
     """Prepare the kernels for such arguments, or return the reason they can't run them.
 
-    Args:
-        rule: the rule to run.
-        x: the input, or one of the same shape, strides and dtype.
-        split: split of the rule's support.
-        weight: weight of the shape that the rule's compensation wants, or None.
-        bias: likewise.
-        activation: the activation after the compensation.
-        running: the running statistics to update, or to use.
-        given: whether they replace the input's own.
-        output: whether the output is kept for the backward pass, not the input.
+    ``given`` says that running statistics replace the input's own, ``output`` that the backward pass is given y, not x.
     """
     forward = entry("nk_forward")
     if forward is None:

@@ -91,9 +91,6 @@ class Settings:
     (:func:`normkit.lab.study.default_recipes`), empty ``rates`` for four that suit the optimizer; they are kept in ascending
     order. The help of each field is its declaration; the page on comparing methods shows them all.
 
-    Raises:
-        OptionError: a value is outside its range.
-
     >>> Settings(optimizer="adam").rates
     (0.0003, 0.001, 0.003, 0.01)
     """

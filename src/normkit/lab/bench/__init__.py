@@ -27,13 +27,6 @@ def bench(speed: Speed) -> dict[str, Any]:
     """Measures the layers' speed, prints a table, and writes speed.json, speed.md and figures.
 
     Cells found in the folder that were measured alike are not measured again.
-
-    Returns:
-        What speed.json holds.
-
-    Raises:
-        OptionError: a method that can't be measured, or an option out of its range.
-        RecordError: the folder holds cells that were measured otherwise, or is not writable; ``against`` is no such record.
     """
     check(speed)
     earlier = None if speed.against is None else record.read_json(speed.against, EARLIER)

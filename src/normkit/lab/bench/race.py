@@ -14,9 +14,6 @@ def race(
 ) -> dict[str, float]:
     """Times variants by ``samples`` and takes the first quartile of each: noise only adds.
 
-    Returns:
-        Seconds of one call of each.
-
     >>> sorted(race({"a": lambda: None, "b": lambda: sum(range(1000))}, rounds=5))
     ['a', 'b']
     """
@@ -34,9 +31,6 @@ def samples(
     """Times each variant in every round, in a reshuffled order: what slows a machine for a while slows all of them alike.
 
     On a machine that others use, ``time.process_time`` as the clock counts what a single thread computes, without its waiting.
-
-    Returns:
-        Seconds of one call of each, round by round.
     """
     repeats = {name: _warm(run) for name, run in variants.items()}
     found: dict[str, list[float]] = {name: [] for name in variants}

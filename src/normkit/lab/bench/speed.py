@@ -96,15 +96,7 @@ LEFT_OUT = ("example_weighing", "sync_batch_norm", "recurrent_batch_norm")
 
 @dataclass(frozen=True)
 class Case:
-    """One cell of the benchmark.
-
-    Args:
-        method: a name of the catalogue, or one of ``TORCH``.
-        shape: of the input.
-        dtype: of the input and the parameters.
-        last: whether an image lies in memory with its channels last.
-        direction: ``"forward"`` (inference) or ``"forward + backward"``.
-    """
+    """One cell of the benchmark."""
 
     method: str
     shape: tuple[int, ...]
@@ -138,11 +130,7 @@ def methods() -> list[str]:
 
 
 def cases(names: Sequence[str] = (), quick: bool = False) -> Iterator[Case]:
-    """The cells: every method, shape, dtype, layout and direction; ``quick`` takes the first shape and float32.
-
-    Raises:
-        OptionError: a name that can't be measured.
-    """
+    """The cells: every method, shape, dtype, layout and direction; ``quick`` takes the first shape and float32."""
     known = methods()
     for name in names:
         if name not in known:
@@ -158,13 +146,7 @@ def cases(names: Sequence[str] = (), quick: bool = False) -> Iterator[Case]:
 
 
 def measure(case: Case, rounds: int = 15, compiled: bool = True) -> dict[str, Any]:
-    """Times one cell.
-
-    Returns:
-        ``seconds`` by variant (ours, eager, compile, copy), ``ratio`` of each peer's time to ours, ``interval`` of 95% of the
-        median of that ratio over the rounds (None below 6 rounds), ``roofline`` by variant, ``error`` against float64 of ours
-        and of torch's layer, the back end that ran, and the case.
-    """
+    """Times one cell."""
     torch.manual_seed(0)
     ours, eager = (layer.to(case.dtype) for layer in pair(case.method, case.shape[1 if len(case.shape) == 4 else -1]))
     x = torch.randn(case.shape).to(case.dtype)
@@ -273,9 +255,6 @@ def reached(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, float, float
 
 def changes(rows: Sequence[dict[str, Any]], earlier: Sequence[dict[str, Any]]) -> tuple[int, list[str], list[str]]:
     """Compares ratios to the same peers, which the machine's speed cancels out of, with those of an earlier record.
-
-    Returns:
-        How many ratios are in both, and which became worse and better: the intervals do not overlap.
 
     >>> before = {"case": "a", "ratio": {"eager": 2.0}, "interval": {"eager": [1.9, 2.1]}}
     >>> now = {"case": "a", "ratio": {"eager": 1.5}, "interval": {"eager": [1.4, 1.6]}}
