@@ -46,13 +46,8 @@ template <class T> void drop(int64_t n, uint64_t seed, double p, const T *x, T *
 
 // y = x / (1 - p) where kept, else 0; of n elements.
 NK_EXPORT int32_t nk_dropout(int64_t type, int64_t n, int64_t seed, double p, const void *x, void *y) {
-    using namespace nk;
-    return guarded([&]() -> NkStatus {
-        if (n == 0) return NK_OK;
-        if (any_null(x, y)) return NK_NULL;
-        return by_type(int32_t(type), [&](auto t) {
-            using T = decltype(t);
-            drop<T>(n, uint64_t(seed), p, static_cast<const T *>(x), static_cast<T *>(y));
-        });
-    });
+    return nk::enter(int32_t(type), n, [&](auto t) {
+        using T = decltype(t);
+        nk::drop<T>(n, uint64_t(seed), p, static_cast<const T *>(x), static_cast<T *>(y));
+    }, x, y);
 }

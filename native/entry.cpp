@@ -16,33 +16,21 @@ bool agree(const NkPlan &plan, const void *weight, const void *bias) {
     return agrees(plan.parts, NK_WEIGHT, weight) && agrees(plan.parts, NK_BIAS, bias);
 }
 
-template <class A> constexpr int32_t type_of = sizeof(A) == 8 ? NK_FLOAT64 : NK_FLOAT32;
-
-// Sets `values` to the parameter in the accumulation type with the offset added: itself where it is that already, else a copy in `room`.
-template <class A> NkStatus widen_into(Room<A> &room, const NkPlan &plan, const void *parameter, double offset, const A *&values) {
-    if (parameter == nullptr) return NK_OK;
-    if (plan.parameter_type == type_of<A> && offset == 0) {
-        values = static_cast<const A *>(parameter);
-        return NK_OK;
-    }
-    A *to = room.take(plan.parameters);
-    values = to;
+// use(weight, bias, P{}), P their type; they come in the accumulation type, the offset added: the parameter itself, or a calm copy.
+template <class T, class Use> NkStatus with_parameters(const NkPlan &plan, const void *weight, const void *bias, Use &&use) {
+    using A = accumulator<T>;
+    Room<A> weight_room, bias_room;
     return by_type(plan.parameter_type, [&](auto p) {
-        auto from = static_cast<const decltype(p) *>(parameter);
-        for (int64_t i = 0; i < plan.parameters; ++i) to[i] = A(widen(from[i])) + A(offset);
-    });
-}
-
-// Where a parameter's gradient is summed up: in the caller's own memory where that is of the accumulation type.
-template <class A> A *sums_of(Room<A> &room, const NkPlan &plan, void *gradient) {
-    if (gradient == nullptr) return nullptr;
-    return plan.parameter_type == type_of<A> ? static_cast<A *>(gradient) : room.take(plan.parameters);
-}
-template <class A> NkStatus narrow_into(void *gradient, const NkPlan &plan, const A *sums) {
-    if (gradient == nullptr || gradient == sums) return NK_OK;
-    return by_type(plan.parameter_type, [&](auto p) {
-        using P = decltype(p);
-        for (int64_t i = 0; i < plan.parameters; ++i) static_cast<P *>(gradient)[i] = narrow<P>(accumulator<P>(sums[i]));
+        auto widened = [&](Room<A> &room, const void *parameter, double offset) -> const A * {
+            auto from = static_cast<const decltype(p) *>(parameter);
+            if (from == nullptr) return nullptr;
+            if constexpr (std::is_same_v<decltype(p), A>)
+                if (offset == 0 && all_calm<T>(from, plan.parameters)) return from;
+            A *to = room.take(plan.parameters);
+            for (int64_t i = 0; i < plan.parameters; ++i) to[i] = calm(A(widen(from[i])) + A(offset));
+            return to;
+        };
+        use(widened(weight_room, weight, plan.offset), widened(bias_room, bias, 0), p);
     });
 }
 
@@ -50,56 +38,49 @@ template <class T>
 NkStatus forward(const NkPlan &plan, const void *x, const void *residual, const void *weight, const void *bias, void *y, void *sum,
                  void *center, void *inverse, void *variance) {
     using A = accumulator<T>;
-    Room<A> weight_room, bias_room;
-    Forward<T> call{static_cast<const T *>(x), static_cast<const T *>(residual), nullptr, nullptr, static_cast<T *>(y),
-                    static_cast<T *>(sum), static_cast<A *>(center), static_cast<A *>(inverse), static_cast<A *>(variance)};
-    NkStatus status = widen_into(weight_room, plan, weight, plan.offset, call.weight);
-    if (status == NK_OK) status = widen_into(bias_room, plan, bias, 0, call.bias);
-    if (status != NK_OK) return status;
-    run_forward<T>(plan, call);
-    return NK_OK;
+    return with_parameters<T>(plan, weight, bias, [&](const A *gain, const A *shift, auto) {
+        run_forward<T>(plan, {static_cast<const T *>(x), static_cast<const T *>(residual), gain, shift, static_cast<T *>(y),
+                              static_cast<T *>(sum), static_cast<A *>(center), static_cast<A *>(inverse), static_cast<A *>(variance)});
+    });
 }
 
 template <class T>
 NkStatus backward(const NkPlan &plan, const void *dy, const void *dsum, const void *x, const void *weight, const void *bias,
                   const void *center, const void *inverse, void *dx, void *dweight, void *dbias) {
     using A = accumulator<T>;
-    Room<A> weight_room, bias_room, dweight_room, dbias_room;
-    Backward<T> call{static_cast<const T *>(dy),     static_cast<const T *>(dsum),          static_cast<const T *>(x), nullptr, nullptr,
-                     static_cast<const A *>(center), static_cast<const A *>(inverse),       static_cast<T *>(dx),
-                     sums_of(dweight_room, plan, dweight), sums_of(dbias_room, plan, dbias), plan.activation};
-    if (plan.parts & NK_OUTPUT) call.kind = plan.activation == NK_LEAKY_RELU ? LEAKY_OUTPUT : OUTPUT;
-    NkStatus status = widen_into(weight_room, plan, weight, plan.offset, call.weight);
-    if (status == NK_OK) status = widen_into(bias_room, plan, bias, 0, call.bias);
-    if (status != NK_OK) return status;
-    if (elements(plan) == 0) {
-        // Sums of nothing are still to be written.
-        for (A *sums : {call.dweight, call.dbias})
-            if (sums != nullptr) std::fill_n(sums, plan.parameters, A(0));
-    } else {
-        run_backward<T>(plan, call);
-    }
-    status = narrow_into(dweight, plan, call.dweight);
-    return status == NK_OK ? narrow_into(dbias, plan, call.dbias) : status;
+    return with_parameters<T>(plan, weight, bias, [&](const A *gain, const A *shift, auto p) {
+        using P = decltype(p);
+        Room<A> dweight_room, dbias_room;
+        // Gradients are summed up in the caller's own memory where that is of the accumulation type.
+        auto sums_of = [&](Room<A> &room, void *gradient) {
+            return gradient == nullptr || std::is_same_v<P, A> ? static_cast<A *>(gradient) : room.take(plan.parameters);
+        };
+        Backward<T> call{static_cast<const T *>(dy), static_cast<const T *>(dsum), static_cast<const T *>(x), gain, shift,
+                         static_cast<const A *>(center), static_cast<const A *>(inverse), static_cast<T *>(dx),
+                         sums_of(dweight_room, dweight), sums_of(dbias_room, dbias), plan.activation};
+        if (plan.parts & NK_OUTPUT) call.kind = plan.activation == NK_LEAKY_RELU ? LEAKY_OUTPUT : OUTPUT;
+        if (elements(plan) > 0) run_backward<T>(plan, call);
+        for (auto [sums, gradient] : {std::pair(call.dweight, dweight), std::pair(call.dbias, dbias)}) {
+            if (gradient == nullptr) continue;
+            if (elements(plan) == 0) std::fill_n(sums, plan.parameters, A(0));  // sums of nothing are still to be written
+            for (int64_t i = 0; sums != gradient && i < plan.parameters; ++i)
+                static_cast<P *>(gradient)[i] = narrow<P>(accumulator<P>(sums[i]));
+        }
+    });
 }
 
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
 
 // Rows of y as whole numbers from -127 to 127 and a scale each; of a row with a NaN or infinity the scale says so. A few rows of y at a time.
-template <class T> NkStatus quantize(const NkPlan &plan, const void *x, const void *weight, const void *bias, int8_t *q, float *scale) {
-    using A = accumulator<T>;
-    Room<A> weight_room, bias_room;
-    Forward<T> call{};
-    NkStatus status = widen_into(weight_room, plan, weight, plan.offset, call.weight);
-    if (status == NK_OK) status = widen_into(bias_room, plan, bias, 0, call.bias);
+template <class T, class A> void quantize(const NkPlan &plan, const T *x, const A *weight, const A *bias, int8_t *q, float *scale) {
     const int64_t d = set_size(plan), together = std::max<int64_t>(1, 4096 / d);
-    for_each(status == NK_OK ? (plan.outer + together - 1) / together : 0, [&](int64_t task) {
+    for_each((plan.outer + together - 1) / together, [&](int64_t task) {
         int64_t first = task * together;
         NkPlan part = plan;
         part.outer = std::min(together, plan.outer - first), part.stream = 0;
         Room<T, 4096> room;
         T *y = room.take(part.outer * d);
-        run_forward<T>(part, {static_cast<const T *>(x) + first * d, nullptr, call.weight, call.bias, y, nullptr, nullptr, nullptr, nullptr});
+        run_forward<T>(part, {x + first * d, nullptr, weight, bias, y, nullptr, nullptr, nullptr, nullptr});
         for (int64_t row = first; row < first + part.outer; ++row, y += d) {
             Vec<A> largest{}, odd{};
             over(d, [&](auto at) {
@@ -118,7 +99,6 @@ template <class T> NkStatus quantize(const NkPlan &plan, const void *x, const vo
             });
         }
     });
-    return status;
 }
 
 }  // namespace
@@ -127,36 +107,29 @@ template <class T> NkStatus quantize(const NkPlan &plan, const void *x, const vo
 NK_EXPORT int32_t nk_forward(const NkPlan *plan, const void *x, const void *residual, const void *weight, const void *bias, void *y,
                              void *sum, void *center, void *inverse, void *variance) {
     using namespace nk;
-    return guarded([&]() -> NkStatus {
-        if (!agree(*plan, weight, bias)) return NK_NULL;
-        if (elements(*plan) == 0) return NK_OK;
-        if (any_null(x, y) || (residual == nullptr) != (sum == nullptr)) return NK_NULL;
-        if (plan->given && (inverse == nullptr || residual != nullptr)) return NK_NULL;
-        return by_type(plan->type, [&](auto t) {
-            return forward<decltype(t)>(*plan, x, residual, weight, bias, y, sum, center, inverse, variance);
-        });
-    });
+    if (!agree(*plan, weight, bias)) return NK_NULL;
+    return enter(plan->type, elements(*plan), [&](auto t) {
+        if ((residual == nullptr) != (sum == nullptr) || (plan->given && (inverse == nullptr || residual != nullptr))) return NK_NULL;
+        return forward<decltype(t)>(*plan, x, residual, weight, bias, y, sum, center, inverse, variance);
+    }, x, y);
 }
 
 // The statistics alone.
 NK_EXPORT int32_t nk_measure(const NkPlan *plan, const void *x, void *center, void *inverse, void *variance) {
     using namespace nk;
-    return guarded([&]() -> NkStatus {
-        if (elements(*plan) == 0) return NK_OK;
-        if (any_null(x, center, inverse, variance) || plan->given) return NK_NULL;
-        return by_type(plan->type, [&](auto t) {
-            return forward<decltype(t)>(*plan, x, nullptr, nullptr, nullptr, nullptr, nullptr, center, inverse, variance);
-        });
-    });
+    return enter(plan->type, elements(*plan), [&](auto t) {
+        if (plan->given) return NK_NULL;
+        return forward<decltype(t)>(*plan, x, nullptr, nullptr, nullptr, nullptr, nullptr, center, inverse, variance);
+    }, x, center, inverse, variance);
 }
 
 NK_EXPORT int32_t nk_backward(const NkPlan *plan, const void *dy, const void *dsum, const void *x, const void *weight, const void *bias,
                               const void *center, const void *inverse, void *dx, void *dweight, void *dbias) {
     using namespace nk;
-    return guarded([&]() -> NkStatus {
-        if (!agree(*plan, weight, bias)) return NK_NULL;
-        if (elements(*plan) > 0 && any_null(dy, x, inverse)) return NK_NULL;
-        if (elements(*plan) > 0 && center == nullptr && plan->centred && !plan->given) return NK_NULL;
+    if (!agree(*plan, weight, bias)) return NK_NULL;
+    const bool uncentred = center == nullptr && plan->centred && !plan->given;
+    if (elements(*plan) > 0 && (any_null(dy, x, inverse) || uncentred)) return NK_NULL;
+    return guarded([&] {
         return by_type(plan->type, [&](auto t) {
             return backward<decltype(t)>(*plan, dy, dsum, x, weight, bias, center, inverse, dx, dweight, dbias);
         });
@@ -165,13 +138,12 @@ NK_EXPORT int32_t nk_backward(const NkPlan *plan, const void *dy, const void *ds
 
 NK_EXPORT int32_t nk_quantize(const NkPlan *plan, const void *x, const void *weight, const void *bias, void *q, void *scale) {
     using namespace nk;
-    return guarded([&]() -> NkStatus {
-        if (!agree(*plan, weight, bias)) return NK_NULL;
-        if (elements(*plan) == 0) return NK_OK;
+    if (!agree(*plan, weight, bias)) return NK_NULL;
+    return enter(plan->type, elements(*plan), [&](auto t) {
         // Rows alone, whose parameters are the same for all.
-        if (any_null(x, q, scale) || plan->given || plan->far * plan->kept != 1 || plan->outer_step != 0) return NK_NULL;
-        return by_type(plan->type, [&](auto t) {
-            return quantize<decltype(t)>(*plan, x, weight, bias, static_cast<int8_t *>(q), static_cast<float *>(scale));
+        if (plan->given || plan->far * plan->kept != 1 || plan->outer_step != 0) return NK_NULL;
+        return with_parameters<decltype(t)>(*plan, weight, bias, [&](auto *gain, auto *shift, auto) {
+            quantize(*plan, static_cast<const decltype(t) *>(x), gain, shift, static_cast<int8_t *>(q), static_cast<float *>(scale));
         });
-    });
+    }, x, q, scale);
 }

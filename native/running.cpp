@@ -41,23 +41,23 @@ void remember(int64_t channels, double momentum, double factor, bool moments, co
 // `center` as many of the plan's accumulation type. The variance may be null where the rule does not scale.
 NK_EXPORT int32_t nk_given(const NkPlan *plan, int64_t type, const void *mean, const void *variance, void *inverse, void *center) {
     using namespace nk;
-    return guarded([&]() -> NkStatus {
-        const int64_t sets = plan->outer * plan->kept;
-        if (sets == 0) return NK_OK;
-        if (any_null(mean, inverse, center) || (variance == nullptr && plan->scale != NK_UNSCALED)) return NK_NULL;
-        NkPlan of_variance = *plan;
-        of_variance.scale = plan->scale == NK_UNSCALED ? NK_UNSCALED : NK_SUM_SQUARE;
-        auto fill = [&](auto a, auto t) {
-            using A = decltype(a);
-            auto m = static_cast<const decltype(t) *>(mean), v = static_cast<const decltype(t) *>(variance);
-            for (int64_t k = 0; k < sets; ++k) {
-                double square = v == nullptr ? 0 : double(widen(v[k]));
-                inverse_scales<A>(of_variance, &square, static_cast<A *>(inverse) + k, 1);
-                static_cast<A *>(center)[k] = A(widen(m[k]));
-            }
-        };
-        return by_type(int32_t(type), [&](auto t) { plan->type == NK_FLOAT64 ? fill(double{}, t) : fill(float{}, t); });
-    });
+    NkPlan of_variance = *plan;
+    of_variance.scale = plan->scale == NK_UNSCALED ? NK_UNSCALED : NK_SUM_SQUARE;
+    const int64_t sets = plan->outer * plan->kept;
+    auto fill = [&](auto a, auto t) {
+        using A = decltype(a);
+        auto m = static_cast<const decltype(t) *>(mean), v = static_cast<const decltype(t) *>(variance);
+        for (int64_t k = 0; k < sets; ++k) {
+            double square = v == nullptr ? 0 : double(widen(v[k]));
+            static_cast<A *>(inverse)[k] = inverse_scale<A>(of_variance, square);
+            static_cast<A *>(center)[k] = A(widen(m[k]));
+        }
+    };
+    return enter(int32_t(type), sets, [&](auto t) {
+        if (variance == nullptr && plan->scale != NK_UNSCALED) return NK_NULL;
+        plan->type == NK_FLOAT64 ? fill(double{}, t) : fill(float{}, t);
+        return NK_OK;
+    }, mean, inverse, center);
 }
 
 // Running statistics of one training batch: running <- (1 - momentum) running + momentum new, blended in float (double for double) and then
@@ -67,18 +67,16 @@ NK_EXPORT int32_t nk_given(const NkPlan *plan, int64_t type, const void *mean, c
 NK_EXPORT int32_t nk_remember(int64_t channels, int64_t type, int64_t running_type, double momentum, double factor, int64_t moments,
                               const void *mean, const void *variance, void *running_mean, void *running_variance) {
     using namespace nk;
-    return guarded([&]() -> NkStatus {
-        if (type != NK_FLOAT32 && type != NK_FLOAT64) return NK_UNKNOWN_TYPE;
-        if (channels == 0) return NK_OK;
-        if (any_null(mean, running_mean) || (variance == nullptr) != (running_variance == nullptr)) return NK_NULL;
-        return by_type(int32_t(running_type), [&](auto r) {
+    if (type != NK_FLOAT32 && type != NK_FLOAT64) return NK_UNKNOWN_TYPE;
+    return enter(int32_t(running_type), channels, [&](auto r) {
+        if ((variance == nullptr) != (running_variance == nullptr)) return NK_NULL;
+        auto with = [&](auto t) {
+            using New = decltype(t);
             using R = decltype(r);
-            auto with = [&](auto t) {
-                using New = decltype(t);
-                remember(channels, momentum, factor, moments != 0, static_cast<const New *>(mean), static_cast<const New *>(variance),
-                         static_cast<R *>(running_mean), static_cast<R *>(running_variance));
-            };
-            type == NK_FLOAT32 ? with(float{}) : with(double{});
-        });
-    });
+            remember(channels, momentum, factor, moments != 0, static_cast<const New *>(mean), static_cast<const New *>(variance),
+                     static_cast<R *>(running_mean), static_cast<R *>(running_variance));
+        };
+        type == NK_FLOAT32 ? with(float{}) : with(double{});
+        return NK_OK;
+    }, mean, running_mean);
 }

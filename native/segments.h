@@ -84,6 +84,27 @@ template <class Each> NK_INLINE void walk(const Runs &runs, Place at, int64_t be
     }
 }
 
+// The sets that share their parameters: those of one outer place, and of one k where that tells them apart.
+struct Groups {
+    const int64_t outer, kept;
+    const bool one, by_k;
+    const int64_t divisor, places, rows, count;
+
+    Groups(const NkPlan &plan, const Runs &runs)
+        : outer(plan.outer), kept(runs.kept), one(plan.outer_step == 0 || plan.outer_mod == 1), by_k(runs.per_kept != 0),
+          divisor(one ? outer : plan.outer_div), places(one ? 1 : plan.outer_mod),
+          rows((outer + divisor * places - 1) / (divisor * places) * divisor * (by_k ? 1 : kept)), count(places * (by_k ? kept : 1)) {}
+
+    // The row-th set of a group, or -1 where the last cycle ends before it.
+    int64_t set(int64_t group, int64_t row) const {
+        if (places == 1 && kept == 1) return row;
+        int64_t place = by_k ? group / kept : group, k = by_k ? group % kept : row % kept;
+        if (!by_k) row /= kept;
+        int64_t o = (row / divisor * places + place) * divisor + row % divisor;
+        return o < outer ? o * kept + k : -1;
+    }
+};
+
 // Two sums over a set: backward of g (times the gain, where that varies) and of that times x - center, forward of x - shift and its square.
 template <class S> struct Pair {
     S g, gx;

@@ -1,7 +1,6 @@
 // Backward over sets whose elements lie next to one another: what the two ways share, by whether the gain varies along runs.
 #pragma once
 #include <limits>
-#include <vector>
 
 #include "activation.h"
 #include "kernels.h"
@@ -25,8 +24,7 @@ template <class T> class SegmentsBackward {
   protected:
     using A = accumulator<T>;
     const NkPlan &plan;
-    Backward<T> call;
-    std::vector<A> own_weight, own_bias;
+    const Backward<T> call;
     const Runs runs;
     const bool coupled;  // whether the statistic has a gradient, which couples the elements of a set
     const bool saved;  // whether x is computed again from the output
@@ -37,19 +35,10 @@ template <class T> class SegmentsBackward {
     const double share;     // of an element in the mean
 
     SegmentsBackward(const NkPlan &plan, const Backward<T> &call)
-        : plan(plan),
-          call(call),
-          runs(runs_of(plan, call.weight || call.bias || call.dweight || call.dbias)),
-          coupled(!plan.given && (plan.centred || plan.scale != NK_UNSCALED)),
-          saved(call.kind <= OUTPUT),
-          curved(!saved && plan.activation > (runs.vector ? NK_LINEAR : NK_RELU)),
-          parameters(call.dweight || call.dbias),
-          streamed(streams()),
-          full_strength(strength<A>(plan, A(1))),
-          share(1 / double(runs.size())) {
-        this->call.weight = calm<T>(call.weight, plan.parameters, own_weight);
-        this->call.bias = calm<T>(call.bias, plan.parameters, own_bias);
-    }
+        : plan(plan), call(call), runs(runs_of(plan, call.weight || call.bias || call.dweight || call.dbias)),
+          coupled(!plan.given && (plan.centred || plan.scale != NK_UNSCALED)), saved(call.kind <= OUTPUT),
+          curved(!saved && plan.activation > (runs.vector ? NK_LINEAR : NK_RELU)), parameters(call.dweight || call.dbias),
+          streamed(streams()), full_strength(strength<A>(plan, A(1))), share(1 / double(runs.size())) {}
 
     bool streams() const {
         int64_t bytes = runs.length * int64_t(sizeof(T));

@@ -1,5 +1,7 @@
 // Backward over sets whose elements lie next to one another, where the gain varies along their runs: its gradient is gathered next to dx,
 // in one partial buffer for each batch of sets, or, in sets too large for that, by going down the sets for a few columns at a time.
+#include <vector>
+
 #include "segments_backward.h"
 
 namespace nk {
@@ -127,30 +129,9 @@ template <class T> class VaryingGain : SegmentsBackward<T> {
         if (!saved) return;
         biases.assign(std::size_t(plan.parameters), A(0)), ungains.assign(std::size_t(plan.parameters), A(1));
         for (int64_t p = 0; p < plan.parameters; ++p) {
-            if (call.bias) biases[p] = this->call.bias[p];
-            if (call.weight) ungains[p] = 1 / this->call.weight[p];
+            if (call.bias) biases[p] = call.bias[p];
+            if (call.weight) ungains[p] = 1 / call.weight[p];
         }
-    }
-
-    // The sets that share their parameters: those of one outer place, and of one k where that tells them apart.
-    struct Groups {
-        int64_t divisor, places, ks, rows, count;
-        bool by_k;
-    };
-    Groups groups() const {
-        bool one = plan.outer_step == 0 || plan.outer_mod == 1;
-        int64_t divisor = one ? plan.outer : plan.outer_div, places = one ? 1 : plan.outer_mod;
-        int64_t cycles = (plan.outer + divisor * places - 1) / (divisor * places);
-        bool by_k = runs.per_kept != 0;
-        return {divisor, places, runs.kept, cycles * divisor * (by_k ? 1 : runs.kept), places * (by_k ? runs.kept : 1), by_k};
-    }
-    // The row-th set of a group, or -1 where the last cycle ends before it.
-    int64_t set_of(const Groups &groups, int64_t group, int64_t row) const {
-        if (groups.places == 1 && groups.ks == 1) return row;
-        int64_t place = groups.by_k ? group / groups.ks : group, k = groups.by_k ? group % groups.ks : row % groups.ks;
-        if (!groups.by_k) row /= groups.ks;
-        int64_t o = (row / groups.divisor * groups.places + place) * groups.divisor + row % groups.divisor;
-        return o < plan.outer ? o * runs.kept + k : -1;
     }
 
     // Sets that share their parameters: first the sums of all, then dx of two at once, or of all where they are short.
@@ -163,7 +144,7 @@ template <class T> class VaryingGain : SegmentsBackward<T> {
     Together next_sets(const Groups &groups, int64_t group, int64_t &row, int64_t end) const {
         Together sets;
         for (; row < end && sets.count < few; ++row)
-            if (int64_t set = set_of(groups, group, row); set >= 0) sets.set[sets.count++] = set;
+            if (int64_t set = groups.set(group, row); set >= 0) sets.set[sets.count++] = set;
         return sets;
     }
 
@@ -190,7 +171,7 @@ template <class T> class VaryingGain : SegmentsBackward<T> {
     };
 
     void run() {
-        Groups g = groups();
+        const Groups g(plan, runs);
         Runs print = footprint();
         int64_t size = runs.size();
         // By the shape alone, as the order of the sums depends on it.
@@ -206,12 +187,8 @@ template <class T> class VaryingGain : SegmentsBackward<T> {
         for_each(g.count * batches, [&](int64_t task) {
             int64_t group = task / batches, begin = task % batches * together, end = std::min(begin + together, g.rows);
             A *part = along(parts, task * slots * width);
-            if (parameters)
-                for (int slot = 0; slot < 2; ++slot) std::fill_n(part + slot * width, print.size(), A(0));
-            if (int64_t first = set_of(g, group, begin); reordered<T> && first >= 0)
-                walk(print, place_of(plan, runs, first), 0, print.size(), [&](const Stretch &s) {
-                    arrange<T>(gain(s), part + 2 * width + s.index, s.n);
-                });
+            for (int slot = 0; parameters && slot < 2; ++slot) std::fill_n(part + slot * width, print.size(), A(0));
+            if (int64_t first = g.set(group, begin); first >= 0) arrange_gain(print, first, 0, print.size(), along(part, 2 * width));
             for (int64_t row = begin; row < end;) {
                 Together sets = next_sets(g, group, row, end);
                 if (sets.count == 0) break;
@@ -225,10 +202,9 @@ template <class T> class VaryingGain : SegmentsBackward<T> {
                 });
             }
             if (parameters && reordered<T>)
-                for (int slot = 0; slot < 2; ++slot)
-                    walk(print, Place{0, 0}, 0, print.size(), [&](const Stretch &s) {
-                        rearrange<T>(part + slot * width + s.index, s.n);
-                    });
+                walk(print, Place{0, 0}, 0, print.size(), [&](const Stretch &s) {
+                    for (A *sums : {part, part + width}) rearrange<T>(sums + s.index, s.n);
+                });
             if (streamed) end_of_stream();
         });
         if (parameters) reduce_partials(g, print, parts, batches, slots * width, width);
@@ -236,6 +212,12 @@ template <class T> class VaryingGain : SegmentsBackward<T> {
 
     Output<A> output(int64_t parameter) const { return saved ? Output<A>{biases.data() + parameter, ungains.data() + parameter} : Output<A>{}; }
     const A *gain(const Stretch &s) const { return call.weight ? call.weight + s.parameter : ones.data() + s.inside; }
+
+    // Of the elements [begin, end) of a set, where T has another order.
+    void arrange_gain(const Runs &print, int64_t set, int64_t begin, int64_t end, A *to) const {
+        if (reordered<T>)
+            walk(print, place_of(plan, runs, set), begin, end, [&](const Stretch &s) { arrange<T>(gain(s), to + s.index - begin, s.n); });
+    }
 
     void find_dx_terms(Together &sets, Prepared &prepared) const {
         if (curved || !call.dx || !coupled || runs.length != runs.size() || runs.length > BLOCK) {
@@ -337,7 +319,7 @@ template <class T> class VaryingGain : SegmentsBackward<T> {
         int64_t stripes = (print.size() + PIECE - 1) / PIECE;
         for_each(g.count * stripes, [&](int64_t task) {
             int64_t group = task / stripes, begin = task % stripes * PIECE, n = std::min(PIECE, print.size() - begin);
-            int64_t set = set_of(g, group, 0);
+            int64_t set = g.set(group, 0);
             if (set < 0) return;
             Place at = place_of(plan, runs, set);
             for (A *to : {call.dweight, call.dbias}) {
@@ -365,13 +347,10 @@ template <class T> class VaryingGain : SegmentsBackward<T> {
         int64_t stripes = (size + BLOCK - 1) / BLOCK;
         for_each(g.count * stripes, [&](int64_t task) {
             int64_t group = task / stripes, begin = task % stripes * BLOCK, end = std::min(begin + BLOCK, size);
-            int64_t set = set_of(g, group, 0);
+            int64_t set = g.set(group, 0);
             if (set < 0) return;
             alignas(64) A dgain[BLOCK] = {}, dbias[BLOCK] = {}, arranged[BLOCK];
-            if (reordered<T>)
-                walk(runs, place_of(plan, runs, set), begin, end, [&](const Stretch &s) {
-                    arrange<T>(gain(s), arranged + s.index - begin, s.n);
-                });
+            arrange_gain(runs, set, begin, end, arranged);
             Prepared prepared;
             for (int64_t row = 0; row < g.rows;) {
                 Together sets = next_sets(g, group, row, g.rows);

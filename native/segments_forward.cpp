@@ -91,8 +91,7 @@ template <class T> class SegmentsForward {
     using A = accumulator<T>;
     const int64_t statistics;
     const NkPlan plan;
-    Forward<T> call;
-    std::vector<A> own_weight, own_bias;
+    const Forward<T> call;
     const Runs whole, runs;  // for reading alone, and with the parameters
     const T *x;              // what is normalized
     const int64_t few;       // small sets that are measured before they are mapped
@@ -105,23 +104,15 @@ template <class T> class SegmentsForward {
 
   public:
     SegmentsForward(const NkPlan &plan, const Forward<T> &call)
-        : statistics(plan.outer * plan.kept),
-          plan(in_order(plan)),
-          call(call),
-          whole(runs_of(this->plan, false)),
-          runs(runs_of(this->plan, call.weight || call.bias)),
-          x(call.residual ? call.sum : call.x),
+        : statistics(plan.outer * plan.kept), plan(in_order(plan)), call(call), whole(runs_of(this->plan, false)),
+          runs(runs_of(this->plan, call.weight || call.bias)), x(call.residual ? call.sum : call.x),
           few(few_of(whole.size() * int64_t(sizeof(T)))),
           ahead(plan.given ? 0 : step_ahead<T>(whole, whole.size() <= BLOCK ? few : 1)),
-          curved(plan.activation > NK_RELU),
-          streamed(streams(runs.length * int64_t(sizeof(T)))),
+          curved(plan.activation > NK_RELU), streamed(streams(runs.length * int64_t(sizeof(T)))),
           range(Range::of<A>(plan, std::min(whole.size(), BLOCK))),
           least(plan.activation == NK_RELU ? A(0) : -std::numeric_limits<A>::infinity()),
           straight((streamed ? mapper<T, T, true> : mapper<T, T, false>)(runs.vector && call.weight, runs.vector && call.bias)),
-          before_curve(mapper<A, T, false>(runs.vector && call.weight, runs.vector && call.bias)) {
-        this->call.weight = calm<T>(call.weight, plan.parameters, own_weight);
-        this->call.bias = calm<T>(call.bias, plan.parameters, own_bias);
-    }
+          before_curve(mapper<A, T, false>(runs.vector && call.weight, runs.vector && call.bias)) {}
 
     void run() {
         int64_t size = runs.size(), chunks = whole.chunks();

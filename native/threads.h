@@ -25,19 +25,15 @@ int64_t threads();
 // ranges(begin, end) for ranges that cover [0, tasks): for what is prepared once a thread.
 template <class Ranges> void for_ranges(int64_t tasks, Ranges &&ranges, int64_t grain = 1) {
     using F = std::remove_reference_t<Ranges>;
-    parallel(
-        tasks, grain, [](int64_t begin, int64_t end, void *context) { (*static_cast<F *>(context))(begin, end); },
-        const_cast<std::remove_const_t<F> *>(&ranges));
+    parallel(tasks, grain, [](int64_t begin, int64_t end, void *context) { (*static_cast<F *>(context))(begin, end); },
+             const_cast<std::remove_const_t<F> *>(&ranges));
 }
 
 // each(task) for every task of [0, tasks).
 template <class Each> void for_each(int64_t tasks, Each &&each, int64_t grain = 1) {
-    for_ranges(
-        tasks,
-        [&](int64_t begin, int64_t end) {
-            for (int64_t task = begin; task < end; ++task) each(task);
-        },
-        grain);
+    for_ranges(tasks, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) each(task);
+    }, grain);
 }
 
 }  // namespace nk

@@ -5,7 +5,6 @@
 #pragma once
 #include <algorithm>
 #include <limits>
-#include <vector>
 
 #include "stream.h"
 #include "vector.h"
@@ -142,24 +141,15 @@ template <class T, class P> inline void store_twin(P *p, const Twin<accumulator<
 // instruction makes one, and none comes out of bfloat16; parameters and statistics from outside are calmed before they are used.
 inline float calm(float v) { return v != v ? std::numeric_limits<float>::quiet_NaN() : v; }
 inline double calm(double v) { return v; }
-
-// The values, or a copy of them in `own` that is calm.
-template <class T, class A> inline const A *calm(const A *values, int64_t n, std::vector<A> &own) {
-    if constexpr (reordered<T>) {
-        if (values == nullptr) return values;
-        uint32_t highest = 0;
-        for (int64_t i = 0; i < n; ++i) {
-            uint32_t bits;
-            std::memcpy(&bits, values + i, 4);
-            highest = std::max(highest, bits & 0x7fffffffu);
-        }
-        if (highest > 0x7fff0000u) {
-            own.assign(values, values + n);
-            for (A &v : own) v = calm(v);
-            return own.data();
-        }
+// Whether none of the values needs it to be rounded to T.
+template <class T, class A> inline bool all_calm(const A *values, int64_t n) {
+    uint32_t highest = 0;
+    for (int64_t i = 0; reordered<T> && i < n; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, values + i, 4);
+        highest = std::max(highest, bits & 0x7fffffffu);
     }
-    return values;
+    return highest <= 0x7fff0000u;
 }
 
 // Past the cache, to a multiple of the size.

@@ -1,4 +1,4 @@
-// What every entry point that Python calls does first: tells the types apart, and turns exceptions into statuses.
+// What every entry point that Python calls does first: looks at pointers, tells the types apart, and turns exceptions into statuses.
 #pragma once
 #include <new>
 #include <type_traits>
@@ -34,6 +34,11 @@ template <class Run> NkStatus guarded(Run &&run) try {
 }
 
 template <class... P> bool any_null(const P *...pointers) { return (... || (pointers == nullptr)); }
+// The status of run(T{}), which is called where there are elements; then the `needed` pointers must be there too.
+template <class Run, class... P> NkStatus enter(int32_t type, int64_t elements, Run &&run, const P *...needed) {
+    if (elements == 0) return NK_OK;
+    return any_null(needed...) ? NK_NULL : guarded([&] { return by_type(type, run); });
+}
 // Whether a pointer is there as its flag says.
 inline bool agrees(int32_t parts, int32_t flag, const void *pointer) { return ((parts & flag) != 0) == (pointer != nullptr); }
 

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -28,13 +29,7 @@ struct float16 {
     uint16_t bits;
 };
 
-template <class T> struct Accumulator {
-    using type = float;
-};
-template <> struct Accumulator<double> {
-    using type = double;
-};
-template <class T> using accumulator = typename Accumulator<T>::type;
+template <class T> using accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 namespace lanes {
 typedef float F32 __attribute__((vector_size(LANES * 4)));
@@ -43,21 +38,12 @@ typedef int32_t I32 __attribute__((vector_size(LANES * 4)));
 typedef uint32_t U32 __attribute__((vector_size(LANES * 4)));
 typedef int64_t I64 __attribute__((vector_size(LANES * 8)));
 typedef uint16_t U16 __attribute__((vector_size(LANES * 2)));
-template <class A> struct Of;
-template <> struct Of<float> {
-    using type = F32;
-    using mask = I32;
-};
-template <> struct Of<double> {
-    using type = F64;
-    using mask = I64;
-};
 }  // namespace lanes
 // For explicit instantiations.
 #define NK_EACH_TYPE(MAKE) MAKE(float) MAKE(double) MAKE(bfloat16) MAKE(float16)
 
-template <class A> using Vec = typename lanes::Of<A>::type;
-template <class A> using Mask = typename lanes::Of<A>::mask;
+template <class A> using Vec = std::conditional_t<std::is_same_v<A, double>, lanes::F64, lanes::F32>;
+template <class A> using Mask = std::conditional_t<std::is_same_v<A, double>, lanes::I64, lanes::I32>;
 
 template <class A> inline Vec<A> splat(A value) { return value - Vec<A>{}; }
 template <class A> inline Vec<A> select(Mask<A> where, Vec<A> yes, Vec<A> no) { return where ? yes : no; }

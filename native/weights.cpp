@@ -60,7 +60,7 @@ template <class T> struct RowsJob final : Job {
 
     RowsJob(const NkWeightPlan &plan, const NkWeightCall &call, bool backward)
         : plan(plan), call(call), backward(backward), rows(plan.groups * plan.far),
-          together(at_least_one(GRAIN / at_least_one(plan.kept * plan.inner))) {}
+          together(std::max<int64_t>(GRAIN / (plan.kept * plan.inner), 1)) {}
     int64_t tasks(int phase) const override { return phase > 0 ? 0 : ceil_div(rows, together); }
     void run(int, int64_t task) override {
         near_rows<T>(plan, call, backward, task * together, std::min((task + 1) * together, rows));

@@ -12,9 +12,6 @@ namespace nk {
 
 namespace {
 
-constexpr int64_t CHUNKS = 64;
-constexpr int64_t BAND_BYTES = 1 << 17;
-
 enum Kind {
     MEASURE,         // norms of rows and lanes
     MERGE,           // chunks to factors
@@ -35,30 +32,29 @@ template <class A> struct Factors {
     explicit Factors(int64_t n) : product(std::size_t(n), A(1)), last(std::size_t(n), A(1)), free(std::size_t(n), A(1)) {}
 };
 
-template <class T> class BothJob final : public Job {
+template <class T> class BothJob final : public Job, Bands {
     using A = accumulator<T>;
 
     const NkWeightPlan plan;
     const NkWeightCall call;
     const bool backward, ruiz, rows_first, lanes_first;
-    const int64_t row, all_rows, all_lanes, rows, chunks, band;
+    const int64_t all_rows, all_lanes;
     const A factor;
     const T *const x, *const g;
     std::vector<Step> steps;
     std::vector<Factors<A>> left, right;  // one of each an iteration, and of Ruiz one before
     std::vector<A> left_slope, right_slope;
-    std::vector<A> partial;  // groups x chunks x row
+    std::vector<A> partial;  // groups x chunks x n
     std::vector<A> working;  // the gradient on its way back through iterations, where the weight's type is too narrow for it
 
 public:
     BothJob(const NkWeightPlan &p, const NkWeightCall &call, bool backward)
-        : plan(p), call(call), backward(backward), ruiz(p.method == NK_RUIZ), rows_first(p.method == NK_SEQUENTIAL && p.sets == NK_NEAR),
-          lanes_first(p.method == NK_SEQUENTIAL && p.sets == NK_APART), row(p.kept * p.inner), all_rows(p.groups * p.far),
-          all_lanes(p.groups * row), rows(std::max(at_least_one(GRAIN / at_least_one(row)), ceil_div(p.far, CHUNKS))),
-          chunks(ceil_div(p.far, rows)), band(std::clamp<int64_t>(BAND_BYTES / int64_t(sizeof(T)) / at_least_one(row), 1, 8)),
+        : Bands(p, 64, sizeof(T)), plan(p), call(call), backward(backward), ruiz(p.method == NK_RUIZ),
+          rows_first(p.method == NK_SEQUENTIAL && p.sets == NK_NEAR), lanes_first(p.method == NK_SEQUENTIAL && p.sets == NK_APART),
+          all_rows(p.groups * p.far), all_lanes(p.groups * n),
           factor(A(p.factor)), x(static_cast<const T *>(call.weight)), g(static_cast<const T *>(call.gradient)),
           left_slope(std::size_t(backward ? all_rows : 0)), right_slope(std::size_t(backward ? all_lanes : 0)),
-          partial(std::size_t(p.groups * chunks * row)) {
+          partial(std::size_t(p.groups * chunks * n)) {
         int iterations = ruiz ? p.iterations : 1;
         left.assign(std::size_t(backward && ruiz ? iterations + 1 : 1), Factors<A>(all_rows));
         right.assign(left.size(), Factors<A>(all_lanes));
@@ -81,10 +77,10 @@ public:
         auto [kind, k] = steps[std::size_t(phase)];
         switch (kind) {
             case MEASURE: return ruiz ? measure_ruiz(k, task) : measure(task);
-            case MERGE: return ruiz ? merge_ruiz(k, task) : merge(task);
+            case MERGE: return merge(k, task);
             case WRITE: return write(task, x);
             case SLOPE: return ruiz ? slope_ruiz(k, task) : slope(task);
-            case MERGE_SLOPE: return ruiz ? merge_slope_ruiz(k, task) : merge_slope(task);
+            case MERGE_SLOPE: return merge_slope(k, task);
             case WRITE_GRADIENT: return plan.constant ? write(task, g) : ruiz ? write_slope_ruiz(k, task) : write_slope(task);
         }
     }
@@ -96,33 +92,18 @@ private:
 
     // ---- how a task walks its rows
 
-    // on_row(place, r) for each row r of a chunk, that begins at `place`.
+    // The rows of a chunk, from the first to before the last.
+    std::pair<int64_t, int64_t> rows_of(int64_t task) const {
+        int64_t first = task / chunks * plan.far, from = task % chunks * rows;
+        return {first + from, first + std::min(from + rows, plan.far)};
+    }
     template <class OnRow> void each_row(int64_t task, OnRow &&on_row) {
-        int64_t group = task / chunks, from = task % chunks * rows, to = std::min(from + rows, plan.far);
-        for (int64_t r = from; r < to; ++r) on_row((group * plan.far + r) * row, group * plan.far + r);
+        for (auto [r, end] = rows_of(task); r < end; ++r) on_row(r);
     }
-
-    // Also a sum a lane of on_lane(at, place, r), of which `at` says which lanes of the row.
+    // Also a sum a lane of on_lane(at, r).
     template <class OnRow, class OnLane> void sweep(int64_t task, OnRow &&on_row, OnLane &&on_lane) {
-        int64_t group = task / chunks, first = group * plan.far + task % chunks * rows;
-        int64_t end = std::min(first + rows, (group + 1) * plan.far);
-        A *sums = &partial[std::size_t(task * row)];
-        std::fill_n(sums, row, A(0));
-        for (int64_t from = first; from < end; from += band) {
-            int64_t to = std::min(from + band, end);
-            for (int64_t r = from; r < to; ++r) on_row(r * row, r);
-            over(row, [&](auto at) {
-                Vec<A> total = at(sums);
-                for (int64_t r = from; r < to; ++r) total += on_lane(at, r * row, r);
-                at.put(sums, total);
-            });
-        }
-    }
-
-    template <class Terms> double sum_of_row(Terms &&terms) {
-        double total[1] = {};
-        sum_over<A>(row, total, [&](auto at, auto *s) { s[0] += terms(at); });
-        return total[0];
+        auto [from, to] = rows_of(task);
+        sum_rows(&partial[std::size_t(task * n)], from, to, on_row, on_lane);
     }
 
     // each(set's first lane among all, sum over chunks and lanes).
@@ -130,55 +111,75 @@ private:
         for (int64_t k = 0; k < plan.kept; ++k) {
             double total = 0;
             for (int64_t c = 0; c < chunks; ++c) {
-                const A *from = &partial[std::size_t((group * chunks + c) * row + k * plan.inner)];
+                const A *from = &partial[std::size_t((group * chunks + c) * n + k * plan.inner)];
                 for (int64_t i = 0; i < plan.inner; ++i) total += double(from[i]);
             }
-            each(group * row + k * plan.inner, total);
+            each(group * n + k * plan.inner, total);
         }
     }
     void fill(std::vector<A> &lanes, int64_t first, double value) { std::fill_n(&lanes[std::size_t(first)], plan.inner, A(value)); }
 
-    const A *right_of(const Factors<A> &f, int64_t task) const { return &f.product[std::size_t(task / chunks * row)]; }
+    const A *of_group(const std::vector<A> &lanes, int64_t task) const { return &lanes[std::size_t(task / chunks * n)]; }
 
-    // ---- one division by both norms
+    // ---- from sums to factors
 
     double inverse(double square, A &free) const {
         double root = std::sqrt(square);
         free = root > plan.eps ? A(1) : A(0);
         return 1 / (root < plan.eps ? plan.eps : root);
     }
+    // Of a zero row the product would grow beyond every number; of zeros any finite one gives the same.
+    static double bounded(double product) { return std::min(product, double(std::numeric_limits<A>::max()) / 2); }
 
-    // With l = 1 / n, dl/dx = -l^3 x; nothing where the floor holds, however large that power is there.
+    void merge(int k, int64_t group) {
+        Factors<A> &l = after(left, k), &l_next = after(left, k + 1), &r = after(right, k), &r_next = after(right, k + 1);
+        for (int64_t i = group * plan.far; ruiz && i < (group + 1) * plan.far; ++i)
+            l_next.product[i] = A(bounded(double(l.product[i]) * l_next.last[i]));
+        merged(group, [&](int64_t first, double total) {
+            A free;
+            double found = inverse(total, free);
+            if (ruiz) {
+                found = std::sqrt(found);
+                fill(r_next.last, first, found);
+                found = bounded(double(r.product[std::size_t(first)]) * found);
+            }
+            fill(r_next.product, first, found);
+            fill(r_next.free, first, free);
+        });
+    }
+
+    // With l = 1 / norm, dl/dx = -l^3 x, and with l = norm^(-1/2), dl/dx = -(1/2) l^5 x; nothing where the floor holds, however large that
+    // power is there.
     static double cube(double l, double free) { return free != 0 ? l * l * l : 0; }
+    static double fifth(double l, double free) { return free != 0 ? 0.5 * l * l * l * l * l : 0; }
+
+    void merge_slope(int k, int64_t group) {
+        const Factors<A> &f = after(right, k + 1);
+        merged(group, [&](int64_t first, double total) {
+            auto at = std::size_t(first);
+            double free = f.free[at], one = lanes_first ? free : cube(f.product[at], free) * factor;
+            fill(right_slope, first, total * (ruiz ? fifth(f.last[at], free) : one));
+        });
+    }
+
+    // ---- one division by both norms
 
     void measure(int64_t task) {
         Factors<A> &l = lefts();
-        sweep(
-            task,
-            [&](int64_t place, int64_t r) {
-                if (lanes_first) return;
-                auto px = x + place;
-                l.product[r] = A(inverse(sum_of_row([=](auto at) { return at(px) * at(px); }), l.free[r]));
-            },
-            [&, this](auto at, int64_t place, int64_t r) {
-                auto v = rows_first ? at(x + place) * l.product[r] : at(x + place);
-                return v * v;
-            });
-    }
-
-    void merge(int64_t group) {
-        Factors<A> &f = rights();
-        merged(group, [&](int64_t first, double total) {
-            A free;
-            fill(f.product, first, inverse(total, free));
-            fill(f.free, first, free);
+        sweep(task, [&](int64_t r) {
+            if (lanes_first) return;
+            auto px = x + r * n;
+            l.product[r] = A(inverse(sum_of<A>(n, [=](auto at) { return at(px) * at(px); }), l.free[r]));
+        }, [&, this](auto at, int64_t r) {
+            auto v = rows_first ? at(x + r * n) * l.product[r] : at(x + r * n);
+            return v * v;
         });
     }
 
     // The factor of a row whose lanes have been scaled already.
-    void measure_scaled(int64_t place, int64_t r, const A *by) {
-        auto px = x + place;
-        double square = sum_of_row([=](auto at) {
+    void measure_scaled(int64_t r, const A *by) {
+        auto px = x + r * n;
+        double square = sum_of<A>(n, [=](auto at) {
             auto v = at(px) * at(by);
             return v * v;
         });
@@ -188,11 +189,12 @@ private:
     // y from x; with constant divisors, which are the same, dx from g.
     void write(int64_t task, const T *from) {
         auto to = static_cast<T *>(call.result);
-        const A *by = right_of(rights(), task);
-        each_row(task, [&](int64_t place, int64_t r) {
-            if (lanes_first) measure_scaled(place, r, by);
+        const A *by = of_group(rights().product, task);
+        each_row(task, [&](int64_t r) {
+            if (lanes_first) measure_scaled(r, by);
             A l = lefts().product[r], f = factor;
-            over(row, [=](auto at) { at.put(to + place, at(from + place) * l * at(by) * f); });
+            const int64_t place = r * n;
+            over(n, [=](auto at) { at.put(to + place, at(from + place) * l * at(by) * f); });
         });
     }
 
@@ -200,87 +202,59 @@ private:
     // Simultaneous: y depends on either norm by itself. left_slope and right_slope are what multiplies x in dx.
     void slope(int64_t task) {
         Factors<A> &l = lefts();
-        const A *by = right_of(rights(), task);
+        const A *by = of_group(rights().product, task);
         A f = factor;
-        sweep(
-            task,
-            [&, this](int64_t place, int64_t r) {
-                if (rows_first) return;
-                if (lanes_first) measure_scaled(place, r, by);
-                auto px = x + place, pg = g + place;
-                double along = f * sum_of_row([=](auto at) { return at(pg) * at(px) * at(by); });
-                left_slope[r] = A(cube(l.product[r], l.free[r]) * along);
-            },
-            [&, this](auto at, int64_t place, int64_t r) {
-                auto vx = at(x + place), vg = at(g + place);
-                A scale = l.product[r];
-                if (!lanes_first) return vg * vx * scale;
-                auto scaled = vx * at(by);
-                return (vg * (scale * f) - scaled * left_slope[r]) * scaled;
-            });
-    }
-
-    void merge_slope(int64_t group) {
-        const Factors<A> &f = rights();
-        merged(group, [&](int64_t first, double total) {
-            double r = f.product[std::size_t(first)], free = f.free[std::size_t(first)];
-            fill(right_slope, first, total * (lanes_first ? free : cube(r, free) * factor));
+        sweep(task, [&, this](int64_t r) {
+            if (rows_first) return;
+            if (lanes_first) measure_scaled(r, by);
+            auto px = x + r * n, pg = g + r * n;
+            double along = f * sum_of<A>(n, [=](auto at) { return at(pg) * at(px) * at(by); });
+            left_slope[r] = A(cube(l.product[r], l.free[r]) * along);
+        }, [&, this](auto at, int64_t r) {
+            auto vx = at(x + r * n), vg = at(g + r * n);
+            A scale = l.product[r];
+            if (!lanes_first) return vg * vx * scale;
+            auto scaled = vx * at(by);
+            return (vg * (scale * f) - scaled * left_slope[r]) * scaled;
         });
     }
 
     void write_slope(int64_t task) {
         auto dx = static_cast<T *>(call.result);
-        const A *by = right_of(rights(), task), *slopes = &right_slope[std::size_t(task / chunks * row)];
+        const A *by = of_group(rights().product, task), *slopes = of_group(right_slope, task);
         A f = factor;
-        each_row(task, [&, this](int64_t place, int64_t r) {
+        each_row(task, [&, this](int64_t r) {
             A l = lefts().product[r], slope = left_slope[r];
-            auto px = x + place, pg = g + place;
+            auto px = x + r * n, pg = g + r * n;
+            T *to = dx + r * n;
             if (lanes_first) {
-                over(row, [=](auto at) { at.put(dx + place, at(by) * (at(pg) * (l * f) - at(px) * at(by) * (at(slopes) + slope))); });
+                over(n, [=](auto at) { at.put(to, at(by) * (at(pg) * (l * f) - at(px) * at(by) * (at(slopes) + slope))); });
             } else if (!rows_first) {
-                over(row, [=](auto at) { at.put(dx + place, at(pg) * at(by) * (l * f) - at(px) * (at(slopes) + slope)); });
+                over(n, [=](auto at) { at.put(to, at(pg) * at(by) * (l * f) - at(px) * (at(slopes) + slope)); });
             } else {
                 auto inner = [=](auto at) { return at(by) * at(pg) * f - at(px) * l * at(slopes); };
-                A along = A(sum_of_row([=](auto at) { return inner(at) * at(px); }) * l) * lefts().free[r];
-                over(row, [=](auto at) { at.put(dx + place, l * (inner(at) - at(px) * (l * along))); });
+                A along = A(sum_of<A>(n, [=](auto at) { return inner(at) * at(px); }) * l) * lefts().free[r];
+                over(n, [=](auto at) { at.put(to, l * (inner(at) - at(px) * (l * along))); });
             }
         });
     }
 
     // ---- Ruiz: by the roots of both norms, several times
 
-    // Of a zero row the product would grow beyond every number; of zeros any finite one gives the same.
-    static double bounded(double product) { return std::min(product, double(std::numeric_limits<A>::max()) / 2); }
-
     void measure_ruiz(int k, int64_t task) {
         Factors<A> &l = after(left, k), &next = after(left, k + 1);
-        const A *by = right_of(after(right, k), task);
-        sweep(
-            task,
-            [&, this](int64_t place, int64_t r) {
-                auto px = x + place;
-                A scale = l.product[r];
-                double square = sum_of_row([=](auto at) {
-                    auto v = at(px) * at(by) * scale;
-                    return v * v;
-                });
-                next.last[r] = A(std::sqrt(inverse(square, next.free[r])));
-            },
-            [&, this](auto at, int64_t place, int64_t r) {
-                auto v = at(x + place) * at(by) * l.product[r];
+        const A *by = of_group(after(right, k).product, task);
+        sweep(task, [&, this](int64_t r) {
+            auto px = x + r * n;
+            A scale = l.product[r];
+            double square = sum_of<A>(n, [=](auto at) {
+                auto v = at(px) * at(by) * scale;
                 return v * v;
             });
-    }
-
-    void merge_ruiz(int k, int64_t group) {
-        Factors<A> &l = after(left, k), &next = after(left, k + 1), &r = after(right, k), &right_next = after(right, k + 1);
-        for (int64_t i = group * plan.far; i < (group + 1) * plan.far; ++i) next.product[i] = A(bounded(double(l.product[i]) * next.last[i]));
-        merged(group, [&](int64_t first, double total) {
-            A free;
-            double root = std::sqrt(inverse(total, free));
-            fill(right_next.product, first, bounded(double(r.product[std::size_t(first)]) * root));
-            fill(right_next.last, first, root);
-            fill(right_next.free, first, free);
+            next.last[r] = A(std::sqrt(inverse(square, next.free[r])));
+        }, [&, this](auto at, int64_t r) {
+            auto v = at(x + r * n) * at(by) * l.product[r];
+            return v * v;
         });
     }
 
@@ -293,38 +267,27 @@ private:
 
     void slope_ruiz(int k, int64_t task) {
         Factors<A> &l = after(left, k), &next = after(left, k + 1);
-        const A *by = right_of(after(right, k), task), *q = &after(right, k + 1).last[std::size_t(task / chunks * row)];
+        const A *by = of_group(after(right, k).product, task), *q = of_group(after(right, k + 1).last, task);
         with_gradient(k, [&, this](auto h, A f) {
-            sweep(
-                task,
-                [&, this](int64_t place, int64_t r) {
-                    auto px = x + place;
-                    auto ph = h + place;
-                    double along = sum_of_row([=](auto at) { return at(ph) * (at(px) * at(by)) * at(q); });
-                    left_slope[r] = A(fifth(next.last[r], next.free[r]) * along * l.product[r] * f);
-                },
-                [&, this](auto at, int64_t place, int64_t r) { return at(h + place) * (at(x + place) * at(by) * (l.product[r] * f)) * next.last[r]; });
-        });
-    }
-    // With l = n^(-1/2), dl/dy = -(1/2) l^5 y.
-    static double fifth(double last, double free) { return free != 0 ? 0.5 * last * last * last * last * last : 0; }
-
-    void merge_slope_ruiz(int k, int64_t group) {
-        const Factors<A> &f = after(right, k + 1);
-        merged(group, [&](int64_t first, double total) {
-            fill(right_slope, first, fifth(f.last[std::size_t(first)], f.free[std::size_t(first)]) * total);
+            sweep(task, [&, this](int64_t r) {
+                auto px = x + r * n;
+                auto ph = h + r * n;
+                double along = sum_of<A>(n, [=](auto at) { return at(ph) * (at(px) * at(by)) * at(q); });
+                left_slope[r] = A(fifth(next.last[r], next.free[r]) * along * l.product[r] * f);
+            }, [&, this](auto at, int64_t r) { return at(h + r * n) * (at(x + r * n) * at(by) * (l.product[r] * f)) * next.last[r]; });
         });
     }
 
     void write_slope_ruiz(int k, int64_t task) {
         Factors<A> &l = after(left, k), &next = after(left, k + 1);
-        const A *by = right_of(after(right, k), task), *q = &after(right, k + 1).last[std::size_t(task / chunks * row)];
-        const A *slopes = &right_slope[std::size_t(task / chunks * row)];
+        const A *by = of_group(after(right, k).product, task), *q = of_group(after(right, k + 1).last, task);
+        const A *slopes = of_group(right_slope, task);
         with_gradient(k, [&, this](auto h, A f) {
-            each_row(task, [&, this](int64_t place, int64_t r) {
+            each_row(task, [&, this](int64_t r) {
                 A last = next.last[r] * f, scale = l.product[r], slope = left_slope[r];
+                const int64_t place = r * n;
                 auto to = [&](auto out) {
-                    over(row, [&](auto at) {
+                    over(n, [&](auto at) {
                         at.put(out + place, at(h + place) * last * at(q) - at(x + place) * at(by) * scale * (at(slopes) + slope));
                     });
                 };

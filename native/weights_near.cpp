@@ -15,7 +15,7 @@ struct Row {
     double mean = 0, back = 0;       // of the gradient; what of the row is taken from it
 };
 
-template <class T> class Rows {
+template <class T, bool CENTRED, bool BACKWARD> class Rows {
     using A = accumulator<T>;
     const NkPlan statistic;
     const int64_t n;
@@ -24,64 +24,38 @@ template <class T> class Rows {
 public:
     Rows(const NkWeightPlan &plan, int64_t n) : statistic(statistic_of(plan, n)), n(n), constant(plan.constant) {}
 
-    Row measure(const T *x, double gain) const {
-        Row row;
-        double sums[2] = {};
-        if (!statistic.centred) {
-            double square[1] = {};
-            sum_over<A>(n, square, [x](auto at, auto *s) {
-                auto v = at(x);
-                s[0] += v * v;
-            });
-            row.factor = gain * inverse_scale<double>(statistic, square[0]);
-            return row;
-        }
-        about_mean(x, row, sums, [=](auto, Vec<A> v, auto *s) {
-            s[0] += v;
-            s[1] += v * v;
-        });
-        row.factor = gain * inverse_of(row, sums);
-        return row;
-    }
-    void write(const T *x, const Row &row, T *y) const {
-        A factor = A(row.factor), center = A(row.center), shift = A(row.shift);
-        if (!statistic.centred) over(n, [=](auto at) { at.put(y, at(x) * factor); });
-        else over(n, [=](auto at) { at.put(y, (at(x) - center - shift) * factor); });
-    }
-
-    // Also the gradient of the gain.
+    // Backward, the gradient of the gain too.
     Row measure(const T *x, const T *g, double gain, double &dgain) const {
         Row row;
-        double sums[4] = {}, inverse;
-        if (!statistic.centred) {
-            double two[2] = {};
-            sum_over<A>(n, two, [=](auto at, auto *s) {
-                auto v = at(x);
-                s[0] += v * v;
-                s[1] += v * at(g);
-            });
-            inverse = inverse_scale<double>(statistic, two[0]);
-            dgain = two[1] * inverse;
-        } else {
-            about_mean(x, row, sums, [=](auto at, Vec<A> v, auto *s) {
-                auto d = at(g);
-                s[0] += v;
-                s[1] += v * v;
-                s[2] += d;
-                s[3] += v * d;
-            });
-            inverse = inverse_of(row, sums);
+        double sums[BACKWARD ? 4 : 2] = {};
+        auto terms = [=](auto at, Vec<A> v, auto *s) {
+            if constexpr (CENTRED) s[0] += v;
+            s[1] += v * v;
+            if constexpr (BACKWARD && CENTRED) s[2] += at(g);
+            if constexpr (BACKWARD) s[3] += v * at(g);
+        };
+        if constexpr (CENTRED) about_mean(x, row, sums, terms);
+        else sum_over<A>(n, sums, [=](auto at, auto *s) { terms(at, at(x), s); });
+        const double square = sums[1] - double(n) * row.shift * row.shift, inverse = inverse_scale<double>(statistic, square < 0 ? 0 : square);
+        row.factor = gain * inverse;
+        if constexpr (BACKWARD) {
             dgain = (sums[3] - row.shift * sums[2]) * inverse;
             row.mean = sums[2] / double(n);
+            if (!constant) row.back = row.factor * inverse * strength<double>(statistic, inverse) * dgain;
         }
-        row.factor = gain * inverse;
-        if (!constant) row.back = row.factor * inverse * strength<double>(statistic, inverse) * dgain;
         return row;
     }
-    void write(const T *x, const T *g, const Row &row, T *dx, bool far) const {
+
+    // Forward y, backward dx.
+    void write(const T *x, const T *g, const Row &row, T *out, bool far) const {
         A factor = A(row.factor), center = A(row.center), shift = A(row.shift), mean = A(row.mean), back = A(row.back);
-        if (!statistic.centred) over(n, [=](auto at) { at.put(dx, at(g) * factor - at(x) * back, far); });
-        else over(n, [=](auto at) { at.put(dx, (at(g) - mean) * factor - (at(x) - center - shift) * back, far); });
+        over(n, [=](auto at) {
+            Vec<A> v = at(x);
+            if constexpr (CENTRED) v = v - center - shift;
+            if constexpr (!BACKWARD) at.put(out, v * factor);
+            else if constexpr (CENTRED) at.put(out, (at(g) - mean) * factor - v * back, far);
+            else at.put(out, at(g) * factor - v * back, far);
+        });
     }
 
 private:
@@ -102,37 +76,37 @@ private:
         }
         row.shift = sums[0] / double(n);
     }
-    double inverse_of(const Row &row, const double *sums) const {
-        double square = sums[1] - double(n) * row.shift * row.shift;
-        return inverse_scale<double>(statistic, square < 0 ? 0 : square);
-    }
 };
 
-}  // namespace
-
-template <class T> void near_rows(const NkWeightPlan &plan, const NkWeightCall &call, bool backward, int64_t begin, int64_t end) {
+template <class T, bool CENTRED, bool BACKWARD> void normalize_rows(const NkWeightPlan &plan, const NkWeightCall &call, int64_t begin, int64_t end) {
     const int64_t n = plan.kept * plan.inner;
-    const Rows<T> rows(plan, n);
+    const Rows<T, CENTRED, BACKWARD> rows(plan, n);
     auto x = static_cast<const T *>(call.weight), gains = static_cast<const T *>(call.gain), g = static_cast<const T *>(call.gradient);
     auto y = static_cast<T *>(call.result), dgain = static_cast<T *>(call.dgain);
     // From a row's sums to its factor it is a long way of short steps: those of a few short rows overlap.
     const int64_t bytes = n * int64_t(sizeof(T)), few = bytes <= 1024 ? 4 : bytes <= 4096 ? 2 : 1;
-    const bool far = size_of(plan) * int64_t(sizeof(T)) >= (1 << 21) && n % LANES == 0 && until_line(y) == 0;  // the optimizer's, later
+    // A gradient is the optimizer's, later.
+    const bool far = BACKWARD && size_of(plan) * int64_t(sizeof(T)) >= (1 << 21) && n % LANES == 0 && until_line(y) == 0;
     for (; begin < end; begin += few) {
         Row found[4];
         const int64_t many = std::min(few, end - begin);
         for (int64_t i = 0; i < many; ++i) {
-            int64_t row = begin + i, at = row * n;
-            double gain = plan.factor * (gains ? double(widen(gains[row])) : 1.0), along = 0;
-            found[i] = backward ? rows.measure(x + at, g + at, gain, along) : rows.measure(x + at, gain);
-            if (dgain) dgain[row] = narrow<T>(accumulator<T>(plan.factor * along));
+            int64_t row = begin + i;
+            double gain = plan.factor * (gains ? double(widen(gains[row])) : 1.0), dgain_row = 0;
+            found[i] = rows.measure(x + row * n, along(g, row * n), gain, dgain_row);
+            if (dgain) dgain[row] = narrow<T>(accumulator<T>(plan.factor * dgain_row));
         }
-        for (int64_t i = 0; i < many; ++i) {
-            int64_t at = (begin + i) * n;
-            backward ? rows.write(x + at, g + at, found[i], y + at, far) : rows.write(x + at, found[i], y + at);
-        }
+        for (int64_t i = 0, at = begin * n; i < many; ++i, at += n) rows.write(x + at, along(g, at), found[i], y + at, far);
     }
     if (far) end_of_stream();
+}
+
+}  // namespace
+
+template <class T> void near_rows(const NkWeightPlan &plan, const NkWeightCall &call, bool backward, int64_t begin, int64_t end) {
+    auto rows = plan.centred ? (backward ? normalize_rows<T, true, true> : normalize_rows<T, true, false>)
+                             : (backward ? normalize_rows<T, false, true> : normalize_rows<T, false, false>);
+    rows(plan, call, begin, end);
 }
 
 #define MAKE(T) template void near_rows<T>(const NkWeightPlan &, const NkWeightCall &, bool, int64_t, int64_t);

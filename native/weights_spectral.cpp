@@ -12,16 +12,12 @@ namespace nk {
 
 namespace {
 
-constexpr int64_t CHUNKS = 32;
-constexpr int64_t BAND_BYTES = 1 << 17;
-
 enum Step { ITERATE, IMPROVE, SIGMA, INVERT, WRITE, SLOPE, MERGE_SLOPE, WRITE_GRADIENT };
 
-template <class T> class SpectralJob final : public Job {
+template <class T> class SpectralJob final : public Job, Bands {
     using A = accumulator<T>;
 
     const NkWeightPlan plan;
-    const int64_t n, rows, chunks, band;
     const T *const w, *const g;
     T *const result, *const left, *const right;
     A *const inverse, *const u, *const v;
@@ -33,11 +29,9 @@ template <class T> class SpectralJob final : public Job {
 
 public:
     SpectralJob(const NkWeightPlan &p, const NkWeightCall &call, bool backward)
-        : plan(p), n(p.kept * p.inner), rows(std::max(at_least_one(GRAIN / at_least_one(n)), ceil_div(p.far, CHUNKS))),
-          chunks(ceil_div(p.far, rows)), band(std::clamp<int64_t>(BAND_BYTES / int64_t(sizeof(T)) / at_least_one(n), 1, 8)),
-          w(static_cast<const T *>(call.weight)), g(static_cast<const T *>(call.gradient)), result(static_cast<T *>(call.result)),
-          left(static_cast<T *>(call.left)), right(static_cast<T *>(call.right)), inverse(static_cast<A *>(call.kept)), u(inverse + 1),
-          v(inverse + 1 + p.far), sums(std::size_t(chunks)) {
+        : Bands(p, 32, sizeof(T)), plan(p), w(static_cast<const T *>(call.weight)), g(static_cast<const T *>(call.gradient)),
+          result(static_cast<T *>(call.result)), left(static_cast<T *>(call.left)), right(static_cast<T *>(call.right)),
+          inverse(static_cast<A *>(call.kept)), u(inverse + 1), v(inverse + 1 + p.far), sums(std::size_t(chunks)) {
         if (backward) {
             steps = {SLOPE, MERGE_SLOPE, WRITE_GRADIENT};
             return;
@@ -63,12 +57,12 @@ public:
     void run(int phase, int64_t task) override {
         int64_t from = task * rows, to = std::min(from + rows, plan.far);
         switch (steps[std::size_t(phase)]) {
-            case ITERATE: return iterate(task, from, to);
+            case ITERATE: return add_rows(task, product.data(), [this](int64_t r) { product[std::size_t(r)] = A(dot(w + r * n, v, n)); });
             case IMPROVE: return improve(steps[std::size_t(phase) + 1] != ITERATE);
             case SIGMA: return sigma(task, from, to);
             case INVERT: return invert(sum());
             case WRITE: return over((to - from) * n, [y = result + from * n, x = w + from * n, by = *inverse](auto at) { at.put(y, at(x) * by); });
-            case SLOPE: return slope(task, from, to);
+            case SLOPE: sums[std::size_t(task)] = dot(w + from * n, g + from * n, (to - from) * n); return;
             case MERGE_SLOPE: total = std::abs(*inverse) < most() ? sum() * double(*inverse) : 0; return;
             case WRITE_GRADIENT: return write_gradient(from, to);
         }
@@ -82,27 +76,13 @@ private:
         return std::sqrt(square);
     }
     template <class X, class Y> static double dot(const X *x, const Y *y, int64_t n) {
-        double total[1] = {};
-        sum_over<A>(n, total, [=](auto at, auto *s) { s[0] += at(x) * at(y); });
-        return total[0];
+        return sum_of<A>(n, [=](auto at) { return at(x) * at(y); });
     }
 
-    // into <- the sum of rows [from, to), each times its number in `by`, which before(row) has set.
-    template <class Before> void add_rows(A *into, int64_t from, int64_t to, const A *by, Before &&before) {
-        std::fill_n(into, n, A(0));
-        for (int64_t begin = from; begin < to; begin += band) {
-            int64_t end = std::min(begin + band, to);
-            for (int64_t r = begin; r < end; ++r) before(r);
-            over(n, [&](auto at) {
-                Vec<A> lanes = at(into);
-                for (int64_t r = begin; r < end; ++r) lanes += at(w + r * n) * by[r];
-                at.put(into, lanes);
-            });
-        }
-    }
-
-    void iterate(int64_t task, int64_t from, int64_t to) {
-        add_rows(&partial[std::size_t(task * n)], from, to, product.data(), [this](int64_t r) { product[std::size_t(r)] = A(dot(w + r * n, v, n)); });
+    // A chunk's part of W^T by; before(r) sets the number that a row is multiplied with.
+    template <class Before> void add_rows(int64_t chunk, const A *by, Before &&before) {
+        sum_rows(&partial[std::size_t(chunk * n)], chunk * rows, std::min((chunk + 1) * rows, plan.far), before,
+                 [=, this](auto at, int64_t r) { return at(w + r * n) * by[r]; });
     }
 
     // A product as short as eps has no direction and leaves its vector as it was.
@@ -111,8 +91,7 @@ private:
         if (size > plan.eps || size != size) {
             for (int64_t i = 0; i < plan.far; ++i) u[i] = A(double(product[std::size_t(i)]) / size);
         } else {
-            for (int64_t c = 0; c < chunks; ++c)
-                add_rows(&partial[std::size_t(c * n)], c * rows, std::min((c + 1) * rows, plan.far), u, [](int64_t) {});
+            for (int64_t c = 0; c < chunks; ++c) add_rows(c, u, [](int64_t) {});
             shrink = 1;
         }
         A *sum = partial.data();
@@ -140,8 +119,6 @@ private:
     A most() const { return A(1) / A(plan.eps); }
 
     void invert(double sigma) { *inverse = std::abs(sigma) > plan.eps ? A(1 / sigma) : most(); }
-
-    void slope(int64_t task, int64_t from, int64_t to) { sums[std::size_t(task)] = dot(w + from * n, g + from * n, (to - from) * n); }
 
     void write_gradient(int64_t from, int64_t to) {
         A scale = *inverse;

@@ -7,7 +7,7 @@
 //     at once     a workspace holds all channels, `width` elements apart, with channels of zeros on both sides: a window is elements
 //                 `width` apart, wherever it lies. For channels last, few positions, and long windows.
 //     by channel  rings of as many rows as the window has channels go along, and memory is read row after row. For channels first.
-#include "window.h"
+#include "responses.h"
 
 #include <algorithm>
 #include <cmath>
@@ -66,11 +66,6 @@ template <class Each> void for_strips(const Pieces &pieces, Each &&each) {
     for (int64_t p = 0; p < pieces.number; ++p)
         for (int64_t e = 0; e < pieces.length; e += STRIP)
             each(p * pieces.apart + e, p * pieces.length + e, std::min(STRIP, pieces.length - e));
-}
-
-// The same of one row.
-template <class Each> void for_strips(int64_t width, Each &&each) {
-    for (int64_t e = 0; e < width; e += STRIP) each(e, std::min(STRIP, width - e));
 }
 
 // sums[e] = values[e] + values[e + width] + ... of `window` terms. What is read and written may go up to 4 * LANES beyond n.
@@ -143,8 +138,9 @@ template <class T> class Worker {
     }
 
     // y is what x is divided to, or the sum of x over the window.
-    template <bool SUM> void forward(const Tile &tile, const T *x, T *y) {
-        x += tile.start, y += tile.start;
+    template <bool SUM> void forward(const Tile &tile, const void *of_x, void *of_y) {
+        const T *x = static_cast<const T *>(of_x) + tile.start;
+        T *y = static_cast<T *>(of_y) + tile.start;
         if (by_channel) return forward_by_channel<SUM>(tile.width, x, y);
         take_all<!SUM>(tile, x);
         for_strips(tile.pieces, [&](int64_t at, int64_t f, int64_t n) {
@@ -154,8 +150,9 @@ template <class T> class Worker {
     }
 
     // dx_j = dy_j / s_j^power - 2 factor power x_j * (dy_i x_i / s_i^(power + 1) summed over those i whose window has j).
-    void backward(const Tile &tile, const T *dy, const T *x, T *dx) {
-        dy += tile.start, x += tile.start, dx += tile.start;
+    void backward(const Tile &tile, const void *of_dy, const void *of_x, void *of_dx) {
+        const T *dy = static_cast<const T *>(of_dy) + tile.start, *x = static_cast<const T *>(of_x) + tile.start;
+        T *dx = static_cast<T *>(of_dx) + tile.start;
         if (by_channel) return backward_by_channel(tile.width, dy, x, dx);
         take_all<true>(tile, x);
         clear(terms, plan.after, plan.before, tile.width);
@@ -180,7 +177,7 @@ template <class T> class Worker {
             take_row<!SUM>(c, width, x);
             int64_t done = c - plan.after;
             if (done < 0) continue;
-            for_strips(width, [&](int64_t e, int64_t n) {
+            for_strips({1, width, 0}, [&](int64_t e, int64_t, int64_t n) {
                 sum_short(taken + e, window, width, n, strip);
                 finish<SUM>(x + done * plan.inner + e, n, y + done * plan.inner + e);
             });
@@ -196,7 +193,7 @@ template <class T> class Worker {
             if (next < 0) continue;
             int64_t row = next % window * width, from = next * plan.inner, to = done * plan.inner;
             if (next >= plan.channels) std::fill_n(terms + row, width, A(0));
-            for_strips(width, [&](int64_t e, int64_t n) {
+            for_strips({1, width, 0}, [&](int64_t e, int64_t, int64_t n) {
                 if (next < plan.channels) {
                     sum_short(taken + e, window, width, n, strip);
                     energies(n);
@@ -270,25 +267,16 @@ template <class T> class Worker {
     }
 };
 
-// each(worker, tile) on all threads.
-template <class T, class Each> void for_tiles(const NkWindow &plan, bool backward, Each &&each) {
-    const Cut cut{plan};
-    int64_t tiles = plan.outer * cut.tiles, together = std::max<int64_t>(TILE / (plan.channels * cut.most), 1);
-    for_ranges((tiles + together - 1) / together, [&](int64_t begin, int64_t end) {
-        Worker<T> worker(cut, backward);
-        for (int64_t t = begin * together; t < std::min(end * together, tiles); ++t) each(worker, cut.at(t));
-    });
-}
-
-// Checks pointers, then for_tiles of their type; each(worker, tile, T{}).
-template <class Each, class... P> NkStatus tiled(const NkWindow &plan, bool backward, Each &&each, const P *...pointers) {
-    return guarded([&]() -> NkStatus {
-        if (plan.outer * plan.channels * plan.inner == 0) return NK_OK;
-        if (any_null(pointers...)) return NK_NULL;
-        return by_type(plan.type, [&](auto t) {
-            for_tiles<decltype(t)>(plan, backward, [&](auto &worker, const Tile &tile) { each(worker, tile, t); });
+// each(worker, tile) on all threads, the worker of the plan's type.
+template <class Each, class... P> NkStatus for_tiles(const NkWindow &plan, bool backward, Each &&each, const P *...pointers) {
+    return enter(plan.type, plan.outer * plan.channels * plan.inner, [&](auto t) {
+        const Cut cut{plan};
+        int64_t tiles = plan.outer * cut.tiles, together = std::max<int64_t>(TILE / (plan.channels * cut.most), 1);
+        for_ranges((tiles + together - 1) / together, [&](int64_t begin, int64_t end) {
+            Worker<decltype(t)> worker(cut, backward);
+            for (int64_t i = begin * together; i < std::min(end * together, tiles); ++i) each(worker, cut.at(i));
         });
-    });
+    }, pointers...);
 }
 
 }  // namespace
@@ -296,30 +284,14 @@ template <class Each, class... P> NkStatus tiled(const NkWindow &plan, bool back
 
 // All pointers are to outer * channels * inner elements of the plan's type.
 NK_EXPORT int32_t nk_window_forward(const NkWindow *plan, const void *x, void *y) {
-    return nk::tiled(
-        *plan, false,
-        [&](auto &worker, const nk::Tile &tile, auto t) {
-            worker.template forward<false>(tile, static_cast<const decltype(t) *>(x), static_cast<decltype(t) *>(y));
-        },
-        x, y);
+    return nk::for_tiles(*plan, false, [&](auto &worker, auto &&tile) { worker.template forward<false>(tile, x, y); }, x, y);
 }
 
 // y = x summed over the window, whatever else the plan says. Its own backward pass, with before and after exchanged.
 NK_EXPORT int32_t nk_window_sum(const NkWindow *plan, const void *x, void *y) {
-    return nk::tiled(
-        *plan, false,
-        [&](auto &worker, const nk::Tile &tile, auto t) {
-            worker.template forward<true>(tile, static_cast<const decltype(t) *>(x), static_cast<decltype(t) *>(y));
-        },
-        x, y);
+    return nk::for_tiles(*plan, false, [&](auto &worker, auto &&tile) { worker.template forward<true>(tile, x, y); }, x, y);
 }
 
 NK_EXPORT int32_t nk_window_backward(const NkWindow *plan, const void *dy, const void *x, void *dx) {
-    return nk::tiled(
-        *plan, true,
-        [&](auto &worker, const nk::Tile &tile, auto t) {
-            using T = decltype(t);
-            worker.backward(tile, static_cast<const T *>(dy), static_cast<const T *>(x), static_cast<T *>(dx));
-        },
-        dy, x, dx);
+    return nk::for_tiles(*plan, true, [&](auto &worker, auto &&tile) { worker.backward(tile, dy, x, dx); }, dy, x, dx);
 }

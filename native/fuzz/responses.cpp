@@ -1,8 +1,7 @@
 // Local and global response normalization, forward and backward, against their definitions in plain loops.
 #include <algorithm>
 
-#include "../global_response.h"
-#include "../window.h"
+#include "../responses.h"
 #include "fuzz.h"
 
 namespace fuzz {

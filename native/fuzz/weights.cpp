@@ -2,7 +2,7 @@
 // direction, by dual numbers.
 #include <algorithm>
 
-#include "../weight_plan.h"
+#include "../weights.h"
 #include "fuzz.h"
 
 namespace fuzz {

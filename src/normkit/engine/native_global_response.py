@@ -15,7 +15,7 @@ Definition = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 
 
 class _Plan(ctypes.Structure):
-    """NkResponse of native/global_response.h."""
+    """NkResponse of native/responses.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("samples", "channels", "positions")),

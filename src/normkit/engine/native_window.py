@@ -23,7 +23,7 @@ class Window(NamedTuple):
 
 
 class _Plan(ctypes.Structure):
-    """NkWindow of native/window.h."""
+    """NkWindow of native/responses.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("outer", "channels", "inner", "before", "after")),

@@ -1,6 +1,6 @@
 """Weights on the C++ kernels of this package: the plan of a kernel, the weights it takes, and its derivatives.
 
-A *plan* is all that a kernel needs to know of a weight except its values: the bytes of ``NkWeightPlan`` in native/weight_plan.h,
+A *plan* is all that a kernel needs to know of a weight except its values: the bytes of ``NkWeightPlan`` in native/weights.h,
 and the number of elements of each tensor of a call. Every pointer passed to the library comes from ``_address``, which checks it
 against the plan. One call takes any number of weights. Backward measures the weight again instead of keeping statistics; a
 backward pass that is itself differentiated goes through the definition in PyTorch.
