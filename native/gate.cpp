@@ -1,4 +1,4 @@
-// The gate of a gated norm, x * silu(z), and its gradients, in one pass each. x and y may be wider than z: what is between gate and norm is.
+// The gate of a gated norm, x * silu(z), and its gradients, in one pass each. x or y may be wider than z: what is between gate and norm is.
 #include "activation.h"
 #include "row.h"
 #include "threads.h"
@@ -7,62 +7,45 @@
 namespace nk {
 namespace {
 
-// run(begin, count) for the pieces of n elements.
-template <class Run> void in_pieces(int64_t n, Run &&run) {
+// over(at) the vectors of n elements, in pieces; X and Y, the types of x and y, as values.
+template <class T, class Each> void each_vector(int64_t wide, int64_t n, Each &&each) {
     constexpr int64_t piece = 1 << 14;
-    for_each((n + piece - 1) / piece, [&](int64_t task) { run(task * piece, std::min(piece, n - task * piece)); });
+    auto go = [&](auto of_x, auto of_y) {
+        for_each((n + piece - 1) / piece, [&](int64_t task) {
+            int64_t begin = task * piece;
+            over(std::min(piece, n - begin), [&](auto at) { each(at, begin, of_x, of_y); });
+        });
+    };
+    if (wide == NK_WIDE_X) go(accumulator<T>{}, T{});
+    else if (wide == NK_WIDE_Y) go(T{}, accumulator<T>{});
+    else go(T{}, T{});
 }
-
-// run(X{}, Y{}) for the types of x and y.
-template <class T, class Run> void by_width(int32_t wide, Run &&run) {
-    using A = accumulator<T>;
-    if (wide == NK_WIDE_X) run(A{}, T{});
-    else if (wide == NK_WIDE_Y) run(T{}, A{});
-    else run(T{}, T{});
-}
+template <class X> const X *in(const void *p, int64_t begin) { return static_cast<const X *>(p) + begin; }
+template <class X> X *out(void *p, int64_t begin) { return static_cast<X *>(p) + begin; }
 
 }  // namespace
 }  // namespace nk
 
 NK_EXPORT int32_t nk_gate(int64_t type, int64_t wide, int64_t n, const void *x, const void *z, void *y) {
     using namespace nk;
-    return guarded([&]() -> NkStatus {
-        if (any_null(x, z, y)) return NK_NULL;
-        return by_type(int32_t(type), [&](auto t) {
-            using T = decltype(t);
-            by_width<T>(int32_t(wide), [&](auto of_x, auto of_y) {
-                auto *in = static_cast<const decltype(of_x) *>(x);
-                auto *gate = static_cast<const T *>(z);
-                auto *out = static_cast<decltype(of_y) *>(y);
-                in_pieces(n, [&](int64_t begin, int64_t count) {
-                    over(count, [&](auto at) { at.put(out + begin, at(in + begin) * activate<NK_SILU, accumulator<T>>(at(gate + begin))); });
-                });
-            });
+    return enter(int32_t(type), n, [&](auto t) {
+        using T = decltype(t);
+        each_vector<T>(wide, n, [&](auto at, int64_t begin, auto of_x, auto of_y) {
+            auto open = activate<NK_SILU, accumulator<T>>(at(in<T>(z, begin)));
+            at.put(out<decltype(of_y)>(y, begin), at(in<decltype(of_x)>(x, begin)) * open);
         });
-    });
+    }, x, z, y);
 }
 
 NK_EXPORT int32_t nk_gate_backward(int64_t type, int64_t wide, int64_t n, const void *dy, const void *x, const void *z, void *dx, void *dz) {
     using namespace nk;
-    return guarded([&]() -> NkStatus {
-        if (any_null(dy, x, z) || any_null(dx, dz)) return NK_NULL;
-        return by_type(int32_t(type), [&](auto t) {
-            using T = decltype(t);
-            using A = accumulator<T>;
-            by_width<T>(int32_t(wide), [&](auto of_x, auto of_y) {
-                auto *g = static_cast<const decltype(of_y) *>(dy);
-                auto *in = static_cast<const decltype(of_x) *>(x);
-                auto *gate = static_cast<const T *>(z);
-                auto *to_x = static_cast<decltype(of_x) *>(dx);
-                auto *to_z = static_cast<T *>(dz);
-                in_pieces(n, [&](int64_t begin, int64_t count) {
-                    over(count, [&](auto at) {
-                        Vec<A> d = at(g + begin), open = at(gate + begin), slope = nk::slope<NK_SILU, A>(open);
-                        at.put(to_z + begin, d * at(in + begin) * slope);
-                        at.put(to_x + begin, d * activate<NK_SILU, A>(open));
-                    });
-                });
-            });
+    return enter(int32_t(type), n, [&](auto t) {
+        using T = decltype(t);
+        using A = accumulator<T>;
+        each_vector<T>(wide, n, [&](auto at, int64_t begin, auto of_x, auto of_y) {
+            Vec<A> d = at(in<decltype(of_y)>(dy, begin)), gate = at(in<T>(z, begin)), factor = at(in<decltype(of_x)>(x, begin));
+            at.put(out<T>(dz, begin), d * factor * slope<NK_SILU, A>(gate));
+            at.put(out<decltype(of_x)>(dx, begin), d * activate<NK_SILU, A>(gate));
         });
-    });
+    }, dy, x, z, dx, dz);
 }

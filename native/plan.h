@@ -37,9 +37,9 @@ enum [[nodiscard]] NkStatus : int32_t {
 };
 // Which optional inputs the caller passes. A tensor without memory has a null pointer too: the flag tells it from an absent one.
 // NK_OUTPUT: the backward pass is given the output y in the place of x, of an activation that can be undone.
+enum NkParts : int32_t { NK_WEIGHT = 1, NK_BIAS = 2, NK_OUTPUT = 4, NK_GAIN = 1 };
 // What of a gate is of the accumulation type.
 enum NkWide : int32_t { NK_WIDE_X = 1, NK_WIDE_Y = 2 };
-enum NkParts : int32_t { NK_WEIGHT = 1, NK_BIAS = 2, NK_OUTPUT = 4, NK_GAIN = 1 };
 
 enum NkType : int32_t { NK_FLOAT32 = 0, NK_FLOAT64 = 1, NK_BFLOAT16 = 2, NK_FLOAT16 = 3 };
 enum NkScale : int32_t { NK_UNSCALED = 0, NK_MEAN_SQUARE = 1, NK_SUM_SQUARE = 2 };
