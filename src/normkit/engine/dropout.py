@@ -15,7 +15,7 @@ from normkit.engine.plan import is_dense
 
 def check_dropout(who: str, value: Any, heeded: bool) -> None:
     """Refuse what is no probability, and one of a layer that would not heed it."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
         raise OptionError(f"{who}: dropout={value!r}; wanted a probability, a number from 0 to 1")
     if not heeded:
         raise OptionError(
