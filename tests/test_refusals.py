@@ -44,8 +44,6 @@ OPTIONS: Rows = [
     (lambda: nk.RMSNorm(4, cast="before weight", save="output"), "can't undo cast='before weight'"),
     (lambda: setattr(nk.AdaLayerNorm(4, 4), "save", "output"), "would be ignored"),
     (lambda: nk.BatchNorm(4, save="both"), "wanted 'input' or 'output'"),  # pyright: ignore[reportArgumentType]
-    (lambda: nk.LayerNorm(4, dropout=1.5), r"LayerNorm: dropout=1\.5; wanted a probability from 0 to 1"),
-    (lambda: setattr(nk.AdaLayerNorm(4, 4), "dropout", 0.5), "of a layer that takes one"),
     (lambda: nk.LayerNorm(5, activation="tanh"), "activation='tanh': wanted one of relu"),  # pyright: ignore[reportArgumentType]
     (lambda: setattr(nk.GroupNorm(1, 2), "activation", "tanh"), "activation='tanh': wanted one of relu"),
     (lambda: nk.BatchChannelNorm(4, 3), "must divide 4"),
