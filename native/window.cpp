@@ -1,7 +1,7 @@
 // Sums over windows of channels, and local response normalization by them, in tiles: all channels at some of the positions, so that what
 // lies in a window is in the cache.
 //
-// Windows are summed anew for each element: a running sum would lose small windows behind large elements, and would carry a NaN to the end.
+// The window of each element is summed by itself: a running sum would lose small windows behind large elements, and would carry a NaN to the end.
 // Two ways through a tile:
 //
 //     at once     a workspace holds all channels, `width` elements apart, with channels of zeros on both sides: a window is elements
